@@ -1,0 +1,1 @@
+"""latentdiff: latent text-to-image diffusion."""

@@ -1,0 +1,93 @@
+"""The network wrapped to (x, sigma, cond) -> x0. The prediction table replaces a class for each prediction type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentdiff.diffusion.schedules import NoiseSchedule
+
+Prediction = Literal["eps", "v", "x0"]
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> x0; conditioning and guidance are already inside
+
+
+class Network(Protocol):
+    """F(c_in · x, t, context, vector): a U-Net, or a formula in a test."""
+
+    def __call__(self, x: Tensor, t: Tensor, context, vector: Tensor | None = None, /) -> Tensor: ...
+
+
+def scalings(prediction: Prediction, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) with x0 = c_skip · x + c_out · F(c_in · x, t) and c_in = 1 / sqrt(sigma² + 1).
+
+    eps is Ho et al. eq. 11 turned to x0; v is Salimans & Ho (arXiv 2202.00512), appendix D; both written for x = x0 + sigma · eps.
+    """
+    if prediction == "eps":
+        return torch.ones_like(sigma), -sigma
+    if prediction == "v":
+        return 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1).sqrt()
+    if prediction == "x0":
+        return torch.zeros_like(sigma), torch.ones_like(sigma)
+    raise ValueError(f"prediction must be eps, v or x0, got {prediction!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """x0 = D(x, sigma; cond), for a network that predicts eps, v or x0.
+
+    dtype is the network's; x and the result keep x's own (float32 in the pipeline): this is the only cast in the loop.
+    """
+
+    network: Network
+    schedule: NoiseSchedule
+    prediction: Prediction = "eps"
+    dtype: torch.dtype | None = None
+
+    def __call__(self, x: Float[Tensor, "b c h w"], sigma: Tensor, cond) -> Float[Tensor, "b c h w"]:
+        """sigma: 0-dim, or [b]. cond: an object with `context` and `vector`, as the network takes them."""
+        sigma = sigma.to(torch.float64)
+        c_skip, c_out = (_like(c, x) for c in scalings(self.prediction, sigma))
+        c_in = _like((sigma**2 + 1).rsqrt(), x)
+        t = self.schedule.t(sigma).to(torch.float32).expand(x.shape[0]).to(x.device, non_blocking=True)
+        F = self.network((c_in * x).to(self.dtype or x.dtype), t, cond.context, cond.vector)
+        return c_skip * x + c_out * F.to(x.dtype)
+
+    def loss(self, x0: Float[Tensor, "b c h w"], cond, eps: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The textbook eps-, v- or x0-loss at integer steps t [b]: mean (F - (x0 - c_skip·x) / c_out)², times weight [b].
+
+        At sigma = 0 the target would be 0/0; no schedule has that level.
+        """
+        sigma = self.schedule.sigmas.to(t.device)[t]
+        x = x0 + _like(sigma, x0) * eps
+        c_skip, c_out = (_like(c, x0) for c in scalings(self.prediction, sigma))
+        c_in = _like((sigma**2 + 1).rsqrt(), x0)
+        F = self.network((c_in * x).to(self.dtype or x0.dtype), t.float(), cond.context, cond.vector)
+        error = (F.float() - self._target(x0, eps, sigma)).square().mean((1, 2, 3))
+        return error.mean() if weight is None else (weight * error).mean()
+
+    def _target(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+        """(x0 - c_skip·x) / c_out, simplified by hand: at sigma = 1e5 the quotient would lose every digit of x0."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x0":
+            return x0
+        root = (sigma**2 + 1).sqrt()
+        return _like(1 / root, x0) * eps - _like(sigma / root, x0) * x0
+
+
+def min_snr(schedule: NoiseSchedule, prediction: Prediction, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """Min-SNR loss weights (Hang et al., arXiv 2303.09556, eq. 6 and section 3.4), float32 [b]."""
+    snr = schedule.snr(t.cpu()).to(t.device)
+    capped = snr.clamp(max=gamma)
+    weight = {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}[prediction]
+    return weight.float()
+
+
+def _like(c: Tensor, x: Tensor) -> Tensor:
+    """A per-picture number as a factor of x: 0-dim stays on the CPU (no synchronisation), [b] becomes [b, 1, 1, 1]."""
+    return c.to(x.dtype) if c.ndim == 0 else c.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
