@@ -64,7 +64,6 @@ class Denoiser:
         """
         sigma = self.schedule.sigmas.to(t.device)[t]
         x = x0 + _like(sigma, x0) * eps
-        c_skip, c_out = (_like(c, x0) for c in scalings(self.prediction, sigma))
         c_in = _like((sigma**2 + 1).rsqrt(), x0)
         F = self.network((c_in * x).to(self.dtype or x0.dtype), t.float(), cond.context, cond.vector)
         error = (F.float() - self._target(x0, eps, sigma)).square().mean((1, 2, 3))

@@ -65,9 +65,7 @@ def load(folder: Path) -> Checkpoint:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
     """The optimiser's per-parameter state as flat tensors: "<parameter>/<state name>". names: id(parameter) -> name."""
-    return {
-        f"{names[id(p)]}/{key}": torch.as_tensor(value) for p, entry in optimizer.state.items() for key, value in entry.items()
-    }
+    return {f"{names[id(p)]}/{key}": torch.as_tensor(value) for p, entry in optimizer.state.items() for key, value in entry.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], params: Mapping[str, nn.Parameter]) -> None:

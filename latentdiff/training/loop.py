@@ -127,9 +127,7 @@ def fit(
         bar.update()
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
         run.log({"loss": value, "lr": learning_rate(config, run.step - 1), "seconds": time.monotonic() - began, **metrics})
-        last = run.step == config.steps or (
-            config.max_minutes is not None and time.monotonic() - began > config.max_minutes * 60
-        )
+        last = run.step == config.steps or (config.max_minutes is not None and time.monotonic() - began > config.max_minutes * 60)
         if accelerator.is_main_process and (last or run.step % config.save_every == 0):
             run.save()
         if accelerator.is_main_process and sample and (last or run.step % config.sample_every == 0):
@@ -202,9 +200,7 @@ class _Run:
             return
         found = checkpoint.load(folder)
         if found.state["meta"] != _plain(dict(self.meta)):
-            raise ValueError(
-                f"out: {self.config.out} holds a run of another model or data: {found.state['meta']}, now {self.meta}"
-            )
+            raise ValueError(f"out: {self.config.out} holds a run of another model or data: {found.state['meta']}, now {self.meta}")
         self.raw.load_state_dict(found.tensors["model"])
         self.ema.model.load_state_dict(found.tensors["ema"])
         self.ema.updates, self.step = found.state["ema_updates"], found.step
