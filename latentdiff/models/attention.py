@@ -1,0 +1,139 @@
+"""Attention: one function, `sdpa`, which every attention of the U-Net reaches through the `attend` argument.
+
+Whoever wants to look at or change attention (prompt-to-prompt, a faster kernel) passes another `attend` to
+`UNet.forward`; it is handed down explicitly, so two threads may use one network in different ways.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an attention sits: its module path in the U-Net, and whether its keys come from the prompt."""
+
+    name: str
+    cross: bool
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]
+"""(q [b, h, n, d], k [b, h, m, d], v [b, h, m, d], site) -> [b, h, n, d]"""
+
+KeysValues = tuple[Tensor, Tensor]
+"""The keys and the values of one attention, each [b, h, m, d]."""
+
+
+def sdpa(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"], site: Site
+) -> Float[Tensor, "b h n d"]:
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, arXiv 1706.03762, eq. 1); the same at every site."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from tokens to themselves or, with `context_dim`, to the prompt."""
+
+    site: Site  # set by the network, which knows the paths of its modules
+
+    def __init__(self, channels: int, heads: int, context_dim: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.cross = context_dim is not None
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n d"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x: Float[Tensor, "b m c"]) -> KeysValues:
+        return self.split(self.to_k(x)), self.split(self.to_v(x))
+
+    def forward(self, x: Float[Tensor, "b n c"], keys_values: KeysValues, attend: Attend) -> Float[Tensor, "b n c"]:
+        k, v = keys_values
+        x = attend(self.split(self.to_q(x)), k, v, self.site)  # [b, h, n, d]
+        return self.to_out(x.transpose(1, 2).flatten(2))  #      [b, n, c]
+
+
+class GEGLU(nn.Module):
+    """One linear layer gated by the GELU of another (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n hidden"]:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        # The empty place is the dropout of the training code: the numbers are part of the weights' names.
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the prompt and a feed-forward net, each with a norm before and a residual around."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Float[Tensor, "b n c"], prompt: KeysValues, attend: Attend) -> Float[Tensor, "b n c"]:
+        y = self.norm1(x)
+        x = x + self.attn1(y, self.attn1.keys_values(y), attend)
+        x = x + self.attn2(self.norm2(x), prompt, attend)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, with a residual around all of them.
+
+    In channels-last memory the tokens are a view of the map. `linear` says whether the projections in and out are
+    stored as linear layers (SD 2.x, SDXL) or as 1x1 convolutions (SD 1.x): the same function, other weight shapes.
+    """
+
+    first: int  # place of this module's first block among all of the network; set by the network
+
+    def __init__(self, channels: int, heads: int, depth: int, context_dim: int, *, linear: bool, norm_groups: int):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], prompt: list[KeysValues], attend: Attend
+    ) -> Float[Tensor, "b c h w"]:
+        """`prompt` holds the keys and values of every block of the network."""
+        y = self.norm(x)
+        y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))  # [b, hw, c]
+        for i, block in enumerate(self.transformer_blocks, self.first):
+            y = block(y, prompt[i], attend)
+        h, w = x.shape[-2:]
+        y = feature_map(self.proj_out(y), h, w) if self.linear else self.proj_out(feature_map(y, h, w))
+        return x + y  #                                                            [b, c, h, w]
+
+
+def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def feature_map(x: Float[Tensor, "b n c"], h: int, w: int) -> Float[Tensor, "b c h w"]:
+    return x.unflatten(1, (h, w)).permute(0, 3, 1, 2)

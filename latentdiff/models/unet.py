@@ -1,0 +1,299 @@
+"""The denoising U-Net of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, sec. 3.3) in all of its sizes.
+
+SD 1.x, 2.x, SDXL and its refiner, the inpainting and instruct variants and our own small model differ only in their
+`UNetConfig`. Modules carry the names of the diffusers folder layout, so such folders load without renaming.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, sdpa
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The size of a U-Net; the default is SD 1.x. Tuples have one entry a level, from the full resolution down."""
+
+    in_channels: int = 4  # 9 for inpainting, 8 for instruct-pix2pix
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2  # res blocks a level on the way down; one more on the way up
+    attention: tuple[bool, ...] = (True, True, True, False)  # levels with transformers; the middle always has one
+    transformer_layers: tuple[int, ...] = (1, 1, 1, 1)  # blocks in a transformer; the middle takes the last entry
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # number of heads, not their width; the middle takes the last entry
+    context_dim: int = 768
+    linear_projection: bool = False
+    vector_dim: int | None = None  # pooled text and size embeddings of SDXL, already concatenated: 2816, refiner 2560
+    time_cond_dim: int | None = None  # guidance embedding of LCM
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    sample_size: int = 64  # native height and width, in latents
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        for name in ("attention", "transformer_layers", "heads"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(f"{name}={getattr(self, name)}: needs {levels} entries, as block_out_channels has")
+        for channels, heads in zip(self.block_out_channels, self.heads):
+            if channels % self.norm_groups or channels % heads:
+                raise ValueError(
+                    f"block_out_channels={self.block_out_channels}: each must be a multiple of "
+                    f"norm_groups={self.norm_groups} and of its entry in heads={self.heads}"
+                )
+
+
+def sinusoids(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
+    """cos and then sin of t at dim/2 frequencies from 1 down to almost 1/10000, in float32 (Ho et al. 2020, app. B)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = t.float()[:, None] * frequencies  # [b, dim/2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedding(nn.Module):
+    """A two-layer net that brings sinusoids (or SDXL's vector) to the width that the res blocks listen to."""
+
+    def __init__(self, dim: int, out_dim: int, cond_dim: int | None = None):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+        if cond_dim is not None:
+            self.cond_proj = nn.Linear(cond_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b d"], cond: Float[Tensor, "b e"] | None = None) -> Float[Tensor, "b out"]:
+        if cond is not None:
+            x = x + self.cond_proj(cond)
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the (already activated) time embedding added between them, and a residual around."""
+
+    def __init__(self, channels: int, out_channels: int, time_dim: int, norm_groups: int, eps: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups, channels, eps)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b out h w"]:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = y + self.time_emb_proj(emb)[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.conv_shortcut(x) + y
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c h2 w2"]:
+        """`size` is that of the next skip connection: 2h x 2w, or one less where the way down rounded up."""
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    def __init__(self, resnets: list[ResBlock], attentions: list[Transformer], downsamplers: list[Downsample]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
+
+    def forward(self, x: Tensor, emb: Tensor, prompt: list[KeysValues], attend: Attend) -> list[Tensor]:
+        """All intermediate maps, for the skip connections; the last is the input of the next block."""
+        maps = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.attentions:
+                x = self.attentions[i](x, prompt, attend)
+            maps.append(x)
+        return maps + [downsample(x) for downsample in self.downsamplers]
+
+
+class MidBlock(nn.Module):
+    def __init__(self, resnets: list[ResBlock], attention: Transformer):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList([attention])
+
+    def forward(self, x: Tensor, emb: Tensor, prompt: list[KeysValues], attend: Attend) -> Tensor:
+        x = self.resnets[0](x, emb)
+        x = self.attentions[0](x, prompt, attend)
+        return self.resnets[1](x, emb)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, resnets: list[ResBlock], attentions: list[Transformer], upsamplers: list[Upsample]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], size: Sequence[int], emb: Tensor, prompt: list[KeysValues], attend: Attend
+    ) -> Tensor:
+        """Take one of `skips` a res block, the last first; `size` is the height and width after the block."""
+        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            x = resnet(torch.cat([x, skip], dim=1), emb)
+            if self.attentions:
+                x = self.attentions[i](x, prompt, attend)
+        for upsample in self.upsamplers:
+            x = upsample(x, size)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v, or x0) in noisy latents x at time t for a prompt."""
+
+    checkpointing = False  # recompute the blocks in the backward pass: less memory, about a third more time
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, n = config.block_out_channels, config.layers_per_block
+        time_dim, last = 4 * widths[0], len(widths) - 1
+
+        def res(channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(channels, out_channels, time_dim, config.norm_groups, config.norm_eps)
+
+        def transformer(i: int) -> Transformer:
+            return Transformer(
+                widths[i],
+                config.heads[i],
+                config.transformer_layers[i],
+                config.context_dim,
+                linear=config.linear_projection,
+                norm_groups=config.norm_groups,
+            )
+
+        def transformers(i: int, n: int) -> list[Transformer]:
+            return [transformer(i) for _ in range(n)] if config.attention[i] else []
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = Embedding(widths[0], time_dim, config.time_cond_dim)
+        if config.vector_dim is not None:
+            self.add_embedding = Embedding(config.vector_dim, time_dim)
+
+        skips = [widths[0]]
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resnets = [res(channels, width) for channels in [skips[-1]] + [width] * (n - 1)]
+            downsamplers = [Downsample(width)] if i < last else []
+            self.down_blocks.append(DownBlock(resnets, transformers(i, n), downsamplers))
+            skips += [width] * (n + len(downsamplers))
+
+        channels = widths[-1]
+        self.mid_block = MidBlock([res(channels, channels), res(channels, channels)], transformer(last))
+
+        self.up_blocks = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            inputs = [channels] + [width] * n
+            resnets = [res(channels + skips.pop(), width) for channels in inputs]
+            upsamplers = [Upsample(width)] if i > 0 else []
+            self.up_blocks.append(UpBlock(resnets, transformers(i, n + 1), upsamplers))
+            channels = width
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self._number_attentions()
+
+    def _number_attentions(self) -> None:
+        count = 0
+        for name, module in self.named_modules():
+            if isinstance(module, Attention):
+                module.site = Site(name, module.cross)
+            elif isinstance(module, Transformer):
+                module.first = count
+                count += len(module.transformer_blocks)
+        self.cross_attentions = count
+
+    def project_context(self, context: Float[Tensor, "b n d"]) -> list[KeysValues]:
+        """Keys and values [b, heads, n, channels/heads] of every cross-attention, in module order.
+
+        They are the same at all steps of a picture, and `forward` takes them in place of the context.
+        """
+        if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
+            raise ValueError(f"context has shape {list(context.shape)}: needs [batch, tokens, {self.config.context_dim}]")
+        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        return [block.attn2.keys_values(context) for block in blocks]
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Float[Tensor, " b"],
+        context: Float[Tensor, "b n d"] | list[KeysValues],
+        vector: Float[Tensor, "b v"] | None = None,
+        *,
+        guidance_embedding: Float[Tensor, "b e"] | None = None,
+        attend: Attend = sdpa,
+    ) -> Float[Tensor, "b out h w"]:
+        """The prediction for noisy latents x (scaled to variance about 1) at times t of the training schedule.
+
+        context: the prompt's embedding, or what `project_context` made of it. vector: SDXL's pooled text and sizes.
+        guidance_embedding: LCM's embedding of the guidance scale. attend: called in place of `sdpa` at every site.
+        Raises ValueError where a shape does not fit the configuration.
+        """
+        self._check(x, t, vector, guidance_embedding)
+        prompt = self.project_context(context) if isinstance(context, Tensor) else context
+        self._check_prompt(prompt, len(x))
+
+        emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(x.dtype), guidance_embedding)
+        if vector is not None:
+            emb = emb + self.add_embedding(vector)
+        emb = F.silu(emb)  #                                                           [b, 4 widths[0]]
+
+        x = self.conv_in(x)  #                                                         [b, widths[0], h, w]
+        skips = [x]
+        for block in self.down_blocks:
+            skips += self._run(block, skips[-1], emb, prompt, attend)
+        x = self._run(self.mid_block, skips[-1], emb, prompt, attend)  #               [b, widths[-1], h/8, w/8]
+        for block in self.up_blocks:
+            n = len(block.resnets)
+            skips, own = skips[:-n], skips[-n:]
+            size = (skips or own)[-1].shape[-2:]
+            x = self._run(block, x, own, size, emb, prompt, attend)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  #                         [b, out, h, w]
+
+    def _run(self, block: nn.Module, *args):
+        return checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)
+
+    def _check(self, x: Tensor, t: Tensor, vector: Tensor | None, guidance_embedding: Tensor | None) -> None:
+        config = self.config
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(f"x has shape {list(x.shape)}: needs [batch, {config.in_channels}, height, width]")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t has shape {list(t.shape)}: needs [{len(x)}], one time for each of x")
+        optional = {
+            "vector": (vector, config.vector_dim),
+            "guidance_embedding": (guidance_embedding, config.time_cond_dim),
+        }
+        for name, (value, dim) in optional.items():
+            given = None if value is None else list(value.shape)
+            if given != (None if dim is None else [len(x), dim]):
+                allowed = "None: this model takes none" if dim is None else f"shape [{len(x)}, {dim}]"
+                raise ValueError(f"{name} has shape {given}: needs {allowed}")
+
+    def _check_prompt(self, prompt: list[KeysValues], batch: int) -> None:
+        if len(prompt) != self.cross_attentions:
+            raise ValueError(f"context has {len(prompt)} entries: needs {self.cross_attentions}, as project_context makes")
+        if len(prompt[0][0]) != batch:
+            raise ValueError(f"context has batch {len(prompt[0][0])}: needs {batch}, as x has")
