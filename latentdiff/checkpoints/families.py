@@ -20,8 +20,8 @@ class TowerSpec:
     """A CLIP text tower and what is taken from it.
 
     `layer` indexes the tower's hidden states (-1: after the last block, -2: before it, SDXL's "hidden 11" of CLIP-L);
-    `final_norm` says whether the final LayerNorm is applied to what was taken. With `pooled` the tower also gives the state of its
-    end token after the last block, final norm and text projection.
+    `final_norm` says whether the final LayerNorm is applied to what was taken. With `pooled` the tower also gives the
+    state of its end token after the last block, final norm and text projection.
     """
 
     width: int = 768
@@ -159,7 +159,9 @@ SDXL = ModelSpec(
 )
 SDXL_INPAINT = replace(SDXL, name="sdxl-inpaint", unet=replace(_UNET_XL, in_channels=9))
 SDXL_INSTRUCT = replace(SDXL, name="sdxl-instruct", unet=replace(_UNET_XL, in_channels=8))
-SDXL_REFINER = replace(SDXL, name="sdxl-refiner", unet=_UNET_REFINER, towers=(OPENCLIP_BIGG,), vector="aesthetic")
+SDXL_REFINER = replace(
+    SDXL, name="sdxl-refiner", unet=_UNET_REFINER, towers=(OPENCLIP_BIGG,), vector="aesthetic", zero_empty_negative=False
+)
 
 # Our own model: 128 x 128 pictures, latents 4 x 16 x 16. Its folder is what is read; this value is what it was trained as.
 EMBEDDED = replace(

@@ -1,0 +1,441 @@
+"""The JSON files of a model folder (diffusers layout), read as plain data into our configurations, and written from them.
+
+Nothing that stands in a folder is imported or executed: class names are compared with those in these tables, `auto_map`,
+`custom_pipeline` and whatever else is not read. What a file asks for and our networks do not have is an error that names it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from latentdiff.checkpoints.families import FAMILIES, ModelSpec, SamplingSpec, ScheduleSpec, TowerSpec
+from latentdiff.checkpoints.files import CheckpointError, read_json
+from latentdiff.models.unet import UNetConfig
+from latentdiff.models.vae import VAEConfig
+from latentdiff.models.vae_tiny import TinyVAEConfig
+
+Json = Mapping[str, Any]
+
+# Fields that our networks have only one value for (the first is what an absent field means).
+UNET_FIXED: Mapping[str, tuple] = {
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "act_fn": ("silu",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "center_input_sample": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "only_cross_attention": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "dual_cross_attention": (False,),
+    "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None, "text_time"),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "cross_attention_norm": (None,),
+}
+VAE_FIXED: Mapping[str, tuple] = {
+    "act_fn": ("silu",),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+TINY_FIXED: Mapping[str, tuple] = {
+    "act_fn": ("relu",),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+    "latent_magnitude": (3,),
+    "latent_shift": (0.5,),
+    "shift_factor": (0.0, None),
+}
+TEXT_FIXED: Mapping[str, tuple] = {"hidden_act": ("quick_gelu", "gelu")}
+SCHEDULE_FIXED: Mapping[str, tuple] = {"trained_betas": (None,)}
+
+KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+# What a scheduler's absent fields mean: spacing, and whether the last step ends at the lowest level and not at zero.
+SCHEDULER_DEFAULTS: Mapping[str, tuple[str, bool]] = {
+    "DDIMScheduler": ("leading", False),
+    "DDPMScheduler": ("leading", False),
+    "PNDMScheduler": ("leading", True),
+    "LCMScheduler": ("leading", False),
+    "TCDScheduler": ("leading", False),
+    "DPMSolverSDEScheduler": ("linspace", False),
+}
+# Schedulers of distilled models say how they want to be sampled.
+DISTILLED: Mapping[str, tuple[str, int]] = {"LCMScheduler": ("lcm", 4), "TCDScheduler": ("tcd", 4)}
+
+PIPELINES: Mapping[tuple[bool, str], str] = {  # (SDXL?, task)
+    (False, "text"): "StableDiffusionPipeline",
+    (False, "inpaint"): "StableDiffusionInpaintPipeline",
+    (False, "instruct"): "StableDiffusionInstructPix2PixPipeline",
+    (True, "text"): "StableDiffusionXLPipeline",
+    (True, "inpaint"): "StableDiffusionXLInpaintPipeline",
+    (True, "instruct"): "StableDiffusionXLInstructPix2PixPipeline",
+}
+WRITTEN_FOR = "0.38.0"  # the oldest version of the layout's library that our tests open our folders with
+
+
+class Config:
+    """One JSON file, with errors that name it, the field, what it holds and what is allowed."""
+
+    def __init__(self, path: Path, data: Json | None = None):
+        self.path, self.data = path, read_json(path) if data is None else data
+
+    def get(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        value = self.data.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"{self.path}: {name} is missing")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise CheckpointError(f"{self.path}: {name} must be {wanted}, found {value!r}")
+        return value
+
+    def levels(self, name: str, n: int, default: Any = None) -> tuple[int, ...]:
+        """A number for each of `n` levels, from a list or from one number."""
+        value = self.get(name, (int, list), default)
+        value = [value] * n if isinstance(value, int) else value
+        if len(value) != n or not all(type(v) is int and v > 0 for v in value):
+            raise CheckpointError(f"{self.path}: {name} must be a whole number or {n} of them, found {value!r}")
+        return tuple(value)
+
+    def one(self, name: str, default: int | None = None) -> int:
+        """A number, or a list that holds it again and again."""
+        value = self.get(name, (int, list), default)
+        if isinstance(value, list):
+            if len(set(value)) != 1 or type(value[0]) is not int:
+                raise CheckpointError(f"{self.path}: {name} must be one whole number, found {value!r}")
+            value = value[0]
+        return value
+
+    def check(self, allowed: Mapping[str, tuple]) -> None:
+        for name, values in allowed.items():
+            if name in self.data and self.data[name] not in values:
+                what = " or ".join(repr(v) for v in values)
+                raise CheckpointError(f"{self.path}: {name} is {self.data[name]!r}; latentdiff runs only {what}")
+
+
+def read_unet(config: Config) -> UNetConfig:
+    config.check(UNET_FIXED)
+    widths = tuple(config.get("block_out_channels", list, [320, 640, 1280, 1280]))
+    n = len(widths)
+    attention = _attention_levels(config, n)
+    heads = "num_attention_heads" if config.data.get("num_attention_heads") is not None else "attention_head_dim"
+    vector = None
+    if config.data.get("addition_embed_type") == "text_time":
+        vector = config.get("projection_class_embeddings_input_dim", int)
+        config.check({"addition_time_embed_dim": (256,)})
+    return _built(
+        config,
+        UNetConfig,
+        in_channels=config.get("in_channels", int, 4),
+        out_channels=config.get("out_channels", int, 4),
+        block_out_channels=widths,
+        layers_per_block=config.one("layers_per_block", 2),
+        attention=attention,
+        transformer_layers=config.levels("transformer_layers_per_block", n, 1),
+        heads=config.levels(heads, n, 8),
+        context_dim=config.one("cross_attention_dim", 1280),
+        linear_projection=config.get("use_linear_projection", bool, False),
+        vector_dim=vector,
+        time_cond_dim=config.data.get("time_cond_proj_dim"),
+        norm_groups=config.get("norm_num_groups", int, 32),
+        norm_eps=config.get("norm_eps", (float, int), 1e-5),
+        sample_size=config.one("sample_size", 64),
+    )
+
+
+def _attention_levels(config: Config, n: int) -> tuple[bool, ...]:
+    names = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+    usual = [True] * (n - 1) + [False]
+    down = config.get("down_block_types", list, [_down(a) for a in usual])
+    up = config.get("up_block_types", list, [_up(a) for a in reversed(usual)])
+    if len(down) != n or [names.get(b) for b in down] != [names.get(b) for b in reversed(up)] or None in map(names.get, down):
+        raise CheckpointError(
+            f"{config.path}: down_block_types {down} and up_block_types {up} must be {n} each, mirrored, of {', '.join(names)}"
+        )
+    return tuple(names[b] for b in down)
+
+
+def _down(attention: bool) -> str:
+    return "CrossAttnDownBlock2D" if attention else "DownBlock2D"
+
+
+def _up(attention: bool) -> str:
+    return "CrossAttnUpBlock2D" if attention else "UpBlock2D"
+
+
+def _built(config: Config, kind: Any, **values: Any) -> Any:
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{config.path}: {error}") from None
+
+
+def read_vae(config: Config) -> VAEConfig | TinyVAEConfig:
+    if config.data.get("_class_name") == "AutoencoderTiny":
+        return _read_tiny(config)
+    config.check(VAE_FIXED)
+    widths = tuple(config.get("block_out_channels", list, [64]))
+    config.check(
+        {
+            "down_block_types": (["DownEncoderBlock2D"] * len(widths),),
+            "up_block_types": (["UpDecoderBlock2D"] * len(widths),),
+        }
+    )
+    return _built(
+        config,
+        VAEConfig,
+        in_channels=config.get("in_channels", int, 3),
+        latent_channels=config.get("latent_channels", int, 4),
+        block_out_channels=widths,
+        layers_per_block=config.get("layers_per_block", int, 1),
+        norm_groups=config.get("norm_num_groups", int, 32),
+        mid_attention=config.get("mid_block_add_attention", bool, True),
+        scale=float(config.get("scaling_factor", (float, int), 0.18215)),
+        shift=float(config.get("shift_factor", (float, int), 0.0)),
+        quant_conv=config.get("use_quant_conv", bool, True),
+        post_quant_conv=config.get("use_post_quant_conv", bool, True),
+        force_upcast=config.get("force_upcast", bool, True),
+        sample_size=config.one("sample_size", 32),
+    )
+
+
+def _read_tiny(config: Config) -> TinyVAEConfig:
+    config.check(TINY_FIXED)
+    widths = {*config.get("encoder_block_out_channels", list, [64]), *config.get("decoder_block_out_channels", list, [64])}
+    if len(widths) != 1:
+        raise CheckpointError(f"{config.path}: encoder and decoder need one width throughout, found {sorted(widths)}")
+    return _built(
+        config,
+        TinyVAEConfig,
+        in_channels=config.get("in_channels", int, 3),
+        latent_channels=config.get("latent_channels", int, 4),
+        width=widths.pop(),
+        encoder_blocks=tuple(config.get("num_encoder_blocks", list, [1, 3, 3, 3])),
+        decoder_blocks=tuple(config.get("num_decoder_blocks", list, [3, 3, 3, 1])),
+        scale=float(config.get("scaling_factor", (float, int), 1.0)),
+    )
+
+
+def read_tower(config: Config, *, pad: int, begin: int, end: int) -> TowerSpec:
+    """A `text_encoder/config.json`; the token ids are the tokenizer's, since the ones in old files are wrong."""
+    config.check(TEXT_FIXED)
+    return TowerSpec(
+        width=config.get("hidden_size", int, 512),
+        mlp=config.get("intermediate_size", int, 2048),
+        layers=config.get("num_hidden_layers", int, 12),
+        heads=config.get("num_attention_heads", int, 8),
+        activation=config.get("hidden_act", str, "quick_gelu"),
+        vocab=config.get("vocab_size", int, 49408),
+        length=config.get("max_position_embeddings", int, 77),
+        projection=config.get("projection_dim", int, 512),
+        norm_eps=config.get("layer_norm_eps", (float, int), 1e-5),
+        pad=pad,
+        begin=begin,
+        end=end,
+    )
+
+
+def read_schedule(config: Config) -> tuple[ScheduleSpec, SamplingSpec, str]:
+    """The noise schedule, how to sample, and the prediction, of a `scheduler_config.json`."""
+    config.check(SCHEDULE_FIXED)
+    config.check({"beta_schedule": tuple(KINDS), "prediction_type": tuple(PREDICTIONS)})
+    config.check({"timestep_spacing": ("leading", "trailing", "linspace")})
+    name = str(config.data.get("_class_name"))
+    spacing, to_lowest = SCHEDULER_DEFAULTS.get(name, ("linspace", False))
+    spacing = config.get("timestep_spacing", str, spacing)
+    if "set_alpha_to_one" in config.data:
+        to_lowest = not config.get("set_alpha_to_one", bool)
+    to_lowest = to_lowest or config.data.get("final_sigmas_type") == "sigma_min"
+    schedule = ScheduleSpec(
+        kind=KINDS[config.get("beta_schedule", str, "linear")],  # type: ignore[arg-type]
+        steps=config.get("num_train_timesteps", int, 1000),
+        beta_start=float(config.get("beta_start", (float, int), 0.0001)),
+        beta_end=float(config.get("beta_end", (float, int), 0.02)),
+        zero_snr=config.get("rescale_betas_zero_snr", bool, False),
+    )
+    prediction = PREDICTIONS[config.get("prediction_type", str, "epsilon")]
+    sampling = SamplingSpec(
+        spacing=spacing,
+        steps_offset=config.get("steps_offset", int, 0),
+        final="sigma_min" if to_lowest else "zero",
+    )
+    return schedule, _distilled(name, sampling, schedule, prediction), prediction
+
+
+def _distilled(name: str, sampling: SamplingSpec, schedule: ScheduleSpec, prediction: str) -> SamplingSpec:
+    """Few steps and no guidance, where the scheduler is one that only distilled models come with (LCM, TCD, Turbo)."""
+    turbo = name.startswith("Euler") and sampling.spacing == "trailing" and prediction == "eps" and not schedule.zero_snr
+    if turbo:
+        return replace(sampling, sampler="euler", steps=4, guidance=1.0)
+    if name in DISTILLED:
+        sampler, steps = DISTILLED[name]
+        return replace(sampling, sampler=sampler, steps=steps, guidance=1.0)
+    return sampling
+
+
+def family_name(spec: ModelSpec) -> str:
+    """The family whose U-Net and prediction are these, "custom" if there is none."""
+    for family in FAMILIES.values():
+        same = replace(family.unet, sample_size=spec.unet.sample_size, time_cond_dim=spec.unet.time_cond_dim)
+        if same == spec.unet and (family.prediction == spec.prediction or family.vector != "none"):
+            return family.name
+    return "custom"
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def unet_json(c: UNetConfig) -> dict[str, Any]:
+    xl = c.vector_dim is not None
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": WRITTEN_FOR,
+        "act_fn": "silu",
+        "addition_embed_type": "text_time" if xl else None,
+        "addition_time_embed_dim": 256 if xl else None,
+        "attention_head_dim": list(c.heads),
+        "block_out_channels": list(c.block_out_channels),
+        "center_input_sample": False,
+        "cross_attention_dim": c.context_dim,
+        "down_block_types": [_down(a) for a in c.attention],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": c.in_channels,
+        "layers_per_block": c.layers_per_block,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": c.norm_eps,
+        "norm_num_groups": c.norm_groups,
+        "out_channels": c.out_channels,
+        "projection_class_embeddings_input_dim": c.vector_dim,
+        "sample_size": c.sample_size,
+        "time_cond_proj_dim": c.time_cond_dim,
+        "transformer_layers_per_block": list(c.transformer_layers),
+        "up_block_types": [_up(a) for a in reversed(c.attention)],
+        "use_linear_projection": c.linear_projection,
+    }
+
+
+def vae_json(c: VAEConfig | TinyVAEConfig) -> dict[str, Any]:
+    if isinstance(c, TinyVAEConfig):
+        return {
+            "_class_name": "AutoencoderTiny",
+            "_diffusers_version": WRITTEN_FOR,
+            "in_channels": c.in_channels,
+            "out_channels": c.in_channels,
+            "latent_channels": c.latent_channels,
+            "encoder_block_out_channels": [c.width] * len(c.encoder_blocks),
+            "decoder_block_out_channels": [c.width] * len(c.decoder_blocks),
+            "num_encoder_blocks": list(c.encoder_blocks),
+            "num_decoder_blocks": list(c.decoder_blocks),
+            "scaling_factor": c.scale,
+        }
+    n = len(c.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": WRITTEN_FOR,
+        "act_fn": "silu",
+        "block_out_channels": list(c.block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "force_upcast": c.force_upcast,
+        "in_channels": c.in_channels,
+        "latent_channels": c.latent_channels,
+        "layers_per_block": c.layers_per_block,
+        "mid_block_add_attention": c.mid_attention,
+        "norm_num_groups": c.norm_groups,
+        "out_channels": c.in_channels,
+        "sample_size": c.sample_size,
+        "scaling_factor": c.scale,
+        "shift_factor": c.shift or None,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+        "use_post_quant_conv": c.post_quant_conv,
+        "use_quant_conv": c.quant_conv,
+    }
+
+
+def tower_json(t: TowerSpec) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if t.pooled else "CLIPTextModel"],
+        "attention_dropout": 0.0,
+        "bos_token_id": t.begin,
+        "eos_token_id": t.end,
+        "hidden_act": t.activation,
+        "hidden_size": t.width,
+        "intermediate_size": t.mlp,
+        "layer_norm_eps": t.norm_eps,
+        "max_position_embeddings": t.length,
+        "model_type": "clip_text_model",
+        "num_attention_heads": t.heads,
+        "num_hidden_layers": t.layers,
+        "pad_token_id": t.pad,
+        "projection_dim": t.projection or t.width,
+        "vocab_size": t.vocab,
+    }
+
+
+def scheduler_json(spec: ModelSpec) -> dict[str, Any]:
+    schedule, sampling = spec.schedule, spec.sampling
+    classes = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "euler": "EulerDiscreteScheduler"}
+    name = classes.get(sampling.sampler or "", "DDIMScheduler")
+    json = {
+        "_class_name": name,
+        "_diffusers_version": WRITTEN_FOR,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": next(k for k, v in KINDS.items() if v == schedule.kind),
+        "beta_start": schedule.beta_start,
+        "clip_sample": False,
+        "num_train_timesteps": schedule.steps,
+        "prediction_type": next(k for k, v in PREDICTIONS.items() if v == spec.prediction),
+        "rescale_betas_zero_snr": schedule.zero_snr,
+        "set_alpha_to_one": sampling.final == "zero",
+        "steps_offset": sampling.steps_offset,
+        "timestep_spacing": sampling.spacing,
+    }
+    if name.startswith("Euler"):  # has neither of them
+        del json["clip_sample"], json["set_alpha_to_one"]
+        json["final_sigmas_type"] = sampling.final
+    return json
+
+
+def index_json(spec: ModelSpec) -> dict[str, Any]:
+    """`model_index.json`. SDXL's second tower is `text_encoder_2`; so is the refiner's only one."""
+    xl = spec.vector != "none"
+    refiner = spec.vector == "aesthetic"
+    text = ["transformers", "CLIPTextModel"]
+    projected = ["transformers", "CLIPTextModelWithProjection"]
+    tokenizer, none = ["transformers", "CLIPTokenizer"], [None, None]
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else PIPELINES[xl, spec.task],
+        "_diffusers_version": WRITTEN_FOR,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", vae_json(spec.vae)["_class_name"]],
+        "scheduler": ["diffusers", scheduler_json(spec)["_class_name"]],
+        "text_encoder": none if refiner else text,
+        "tokenizer": none if refiner else tokenizer,
+    }
+    if xl:
+        index |= {"text_encoder_2": projected, "tokenizer_2": tokenizer}
+        index["force_zeros_for_empty_prompt"] = spec.zero_empty_negative
+        index |= {"requires_aesthetics_score": True} if refiner else {}
+    else:
+        index |= {"safety_checker": none, "feature_extractor": none, "requires_safety_checker": False}
+    return index

@@ -1,0 +1,290 @@
+"""Files of tensors: read by memory map, checked before anything is built, written atomically.
+
+`safetensors` tells a truncated file from one with trailing bytes in the same words, and accepts duplicate names, NaN and gaps. The
+header is small, so it is checked here, and each fault says what was expected, what was found and what to do.
+"""
+
+import json
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_HEADER = 100 << 20  # bytes; SDXL's header has 300 kB
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NOT_WEIGHTS: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the weights; fetch them with `git lfs pull`"),
+    (b"<", "an HTML or XML page, not weights (a download that saved a login or error page); download the file itself"),
+    (b"GGUF", "a GGUF file; latentdiff reads safetensors, so take the unquantised file"),
+)
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip of torch.save, bare pickles
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used, with its path, what was expected, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Named tensors of one file or of a row of shards. `get` reads one, by memory map where the format allows."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    get: Callable[[str], Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(e.dtype.itemsize * prod(e.shape) for e in self.entries.values())
+
+
+def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
+    """Open a file of tensors; a pickle only with `allow_pickle`, and then with torch's `weights_only=True`.
+
+    Errors: FileNotFoundError; CheckpointError for everything that is no whole file of tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    with path.open("rb") as f:
+        start = f.read(64)
+    if not start:
+        raise CheckpointError(f"{path}: the file is empty (0 bytes); download or copy it again")
+    if start[8:9] == b"{":
+        return open_safetensors(path)
+    for magic, message in NOT_WEIGHTS:
+        if start.lstrip().startswith(magic):
+            raise CheckpointError(f"{path}: this is {message}")
+    if start.startswith(PICKLES):
+        return _open_pickle(path, allow_pickle)
+    raise CheckpointError(
+        f"{path}: neither safetensors (8 bytes of header length, then '{{') nor a torch pickle; it starts with "
+        f"{start[:16]!r}. Was the download complete, and is it a model file?"
+    )
+
+
+def open_safetensors(path: Path) -> TensorFile:
+    from safetensors import safe_open
+
+    header, metadata = read_header(path)
+    file = safe_open(path, framework="pt")
+    return TensorFile(path, header, file.get_tensor, metadata)
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries and metadata of a safetensors file, all of it checked against the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))
+        if length > MAX_HEADER:
+            raise CheckpointError(f"{path}: claims a header of {length} bytes (at most {MAX_HEADER}); it is no safetensors file")
+        if 8 + length > size:
+            raise CheckpointError(
+                f"{path}: truncated inside its header, which takes {8 + length} bytes; the file has {size}. Download it again"
+            )
+        text = f.read(length)
+    header = _parse_header(path, text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ must map text to text")
+    entries, end = _check_entries(path, header)
+    if 8 + length + end > size:
+        raise CheckpointError(
+            f"{path}: truncated: its header promises {8 + length + end} bytes, the file has {size} "
+            f"({8 + length + end - size} are missing). Download it again"
+        )
+    if 8 + length + end < size:
+        raise CheckpointError(
+            f"{path}: {size - 8 - length - end} bytes follow the last tensor; expected {8 + length + end} bytes, found {size}. "
+            "The file is damaged, or two were joined: download it again"
+        )
+    return entries, metadata
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) < len(pairs):
+            twice = [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]
+            raise CheckpointError(f"{path}: the header names {some_names(twice)} more than once; which is meant cannot be told")
+        return names
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is no JSON ({error}); the file is damaged") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header must be a JSON object, found {type(header).__name__}")
+    return header
+
+
+def _check_entries(path: Path, header: dict[str, Any]) -> tuple[dict[str, Entry], int]:
+    """Entries, and where their data ends. The tensors must follow each other without gaps or overlaps."""
+    spans = []
+    for name, info in header.items():
+        match info:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+                pass
+            case _:
+                raise CheckpointError(f"{path}: tensor {name!r} needs dtype, shape and data_offsets, found {str(info)[:200]}")
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        if not all(type(n) is int and n >= 0 for n in shape):
+            raise CheckpointError(f"{path}: tensor {name!r} has shape {shape}; needs numbers of at least 0")
+        if end - begin != prod(shape) * DTYPES[dtype].itemsize:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} ({dtype}, {shape}) takes {prod(shape) * DTYPES[dtype].itemsize} bytes, "
+                f"its data_offsets {begin}–{end} give {end - begin}"
+            )
+        spans.append((begin, end, name, Entry(DTYPES[dtype], tuple(shape))))
+    position = 0
+    for begin, end, name, _ in sorted(spans, key=lambda s: s[:2]):
+        if begin != position:
+            fault = "overlaps the tensor before it" if begin < position else f"leaves {begin - position} bytes unused before it"
+            raise CheckpointError(f"{path}: tensor {name!r} at {begin} {fault} (expected {position}); the file is damaged")
+        position = end
+    return {name: entry for *_, name, entry in spans}, position
+
+
+def _open_pickle(path: Path, allowed: bool) -> TensorFile:
+    if not allowed:
+        raise CheckpointError(
+            f"{path}: this is a pickle (.ckpt, .pt, .bin), which can run code when read, whatever its file name says. Use a "
+            ".safetensors file; or, if you trust it, allow_pickle=True, which still reads nothing but tensors (weights_only)"
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # the unpickler raises many types
+        raise CheckpointError(f"{path}: torch refuses to read this pickle with weights_only=True: {_first_line(error)}") from None
+    return in_memory(path, _unnest(path, loaded))
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as f:
+        return f.read(4) == b"PK\x03\x04"  # only torch's zip format can be memory-mapped
+
+
+def _unnest(path: Path, loaded: Any) -> dict[str, Tensor]:
+    """The tensors of a training checkpoint, which nests them under `state_dict`, sometimes twice."""
+    extra: dict[str, Tensor] = {}
+    while isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        if isinstance(step := loaded.get("global_step"), int):
+            extra["global_step"] = torch.tensor(step)
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}")
+    return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)} | extra
+
+
+def in_memory(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:
+    entries = {k: Entry(v.dtype, tuple(v.shape)) for k, v in tensors.items()}
+    return TensorFile(path, entries, tensors.__getitem__, metadata or {})
+
+
+def open_shards(index: Path, *, allow_pickle: bool = False) -> TensorFile:
+    """The shards that an `….index.json` names, as one file; they lie beside it."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index}: needs a weight_map from tensor names to shard files")
+    for shard in set(names.values()):
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: shard {shard!r} must be the name of a file beside the index")
+    shards = {s: open_tensors(index.parent / s, allow_pickle=allow_pickle) for s in sorted(set(names.values()))}
+    for name, shard in names.items():
+        if name not in shards[shard].entries:
+            raise CheckpointError(f"{index}: tensor {name!r} should be in {shard}, which does not have it; shards do not match")
+    entries = {name: shards[shard].entries[name] for name, shard in names.items()}
+    return TensorFile(index, entries, lambda name: shards[names[name]].get(name))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file as plain data."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: this is no JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+@contextmanager
+def replacing(path: Path):
+    """A path beside `path` to write to; it takes the place of `path` once it is whole and on the disk, or disappears."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as f:
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors one after the other, so that none is in memory twice; wide types first, which keeps all aligned."""
+    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        t = tensors[name]
+        begin, end = end, end + t.numel() * t.dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as part, part.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            f.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def some_names(names: Iterable[str], most: int = 8) -> str:
+    """The first names of a list, for a message, and how many there are."""
+    names = list(names)
+    listed = ", ".join(repr(n) for n in names[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
