@@ -9,36 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from latentdiff.models.text import TowerSpec
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
 
 Prediction = Literal["eps", "v", "x0"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerSpec:
-    """A CLIP text tower and what is taken from it.
-
-    `layer` indexes the tower's hidden states (-1: after the last block, -2: before it, SDXL's "hidden 11" of CLIP-L);
-    `final_norm` says whether the final LayerNorm is applied to what was taken. With `pooled` the tower also gives the
-    state of its end token after the last block, final norm and text projection.
-    """
-
-    width: int = 768
-    mlp: int = 3072
-    layers: int = 12
-    heads: int = 12
-    activation: str = "quick_gelu"
-    vocab: int = 49408
-    length: int = 77  # tokens, begin and end included
-    projection: int | None = None  # width of the text projection, None without one
-    norm_eps: float = 1e-5
-    layer: int = -1
-    final_norm: bool = True
-    pooled: bool = False
-    begin: int = 49406
-    end: int = 49407
-    pad: int = 49407  # the id after the end token; 0 in OpenCLIP's towers, where a typed "!" still is token 256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,152 @@
+"""The text tower of CLIP (Radford et al. 2021, arXiv 2103.00020, sec. 2.4) in all of its sizes.
+
+The same function as transformers' `CLIPTextModel`, to which a test holds it, with the parameter names that the files have. It is
+written out because importing transformers' takes twice as long as importing torch, and brings torchvision with it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSpec:
+    """A CLIP text tower and what is taken from it; the default is CLIP ViT-L/14's, as SD 1.x uses it.
+
+    `layer` indexes the tower's hidden states (-1: after the last block, -2: before it, SDXL's "hidden 11" of CLIP-L);
+    `final_norm` says whether the final LayerNorm is applied to what was taken. With `pooled` the tower also gives the
+    state of its end token after the last block, final norm and text projection.
+    """
+
+    width: int = 768
+    mlp: int = 3072
+    layers: int = 12
+    heads: int = 12
+    activation: str = "quick_gelu"
+    vocab: int = 49408
+    length: int = 77  # tokens, begin and end included
+    projection: int | None = None  # width of the text projection, None without one
+    norm_eps: float = 1e-5
+    layer: int = -1
+    final_norm: bool = True
+    pooled: bool = False
+    begin: int = 49406
+    end: int = 49407
+    pad: int = 49407  # the id after the end token; 0 in OpenCLIP's towers, where a typed "!" still is token 256
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.pooled and self.projection is None:
+            raise ValueError("pooled=True needs a projection, got projection=None")
+        if not -self.layers - 1 <= self.layer <= -1:
+            raise ValueError(f"layer must be from {-self.layers - 1} to -1, got {self.layer!r}")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x): the approximation that OpenAI trained with (Hendrycks & Gimpel 2016, arXiv 1606.08415, sec. 2)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    def __init__(self, spec: TowerSpec):
+        super().__init__()
+        self.token_embedding = nn.Embedding(spec.vocab, spec.width)
+        self.position_embedding = nn.Embedding(spec.length, spec.width)
+
+    def forward(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class CausalAttention(nn.Module):
+    """Each token looks at itself and those before it."""
+
+    def __init__(self, spec: TowerSpec):
+        super().__init__()
+        self.heads = spec.heads
+        self.k_proj = nn.Linear(spec.width, spec.width)
+        self.v_proj = nn.Linear(spec.width, spec.width)
+        self.q_proj = nn.Linear(spec.width, spec.width)
+        self.out_proj = nn.Linear(spec.width, spec.width)
+
+    def split(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n e"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.v_proj(x))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [b, heads, n, e]
+        return self.out_proj(x.transpose(1, 2).flatten(2))  #          [b, n, d]
+
+
+class MLP(nn.Module):
+    def __init__(self, spec: TowerSpec):
+        super().__init__()
+        self.activation = ACTIVATIONS[spec.activation]
+        self.fc1 = nn.Linear(spec.width, spec.mlp)
+        self.fc2 = nn.Linear(spec.mlp, spec.width)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, spec: TowerSpec):
+        super().__init__()
+        self.self_attn = CausalAttention(spec)
+        self.layer_norm1 = nn.LayerNorm(spec.width, spec.norm_eps)
+        self.mlp = MLP(spec)
+        self.layer_norm2 = nn.LayerNorm(spec.width, spec.norm_eps)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, spec: TowerSpec):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+
+
+class TextModel(nn.Module):
+    def __init__(self, spec: TowerSpec):
+        super().__init__()
+        self.embeddings = Embeddings(spec)
+        self.encoder = Encoder(spec)
+        self.final_layer_norm = nn.LayerNorm(spec.width, spec.norm_eps)
+
+    def forward(self, ids: Int[Tensor, "b n"]) -> list[Float[Tensor, "b n d"]]:
+        """All hidden states: the embeddings, and what each block gives."""
+        states = [self.embeddings(ids)]
+        for block in self.encoder.layers:
+            states.append(block(states[-1]))
+        return states
+
+
+class TextTower(nn.Module):
+    """Token ids to what the U-Net listens to."""
+
+    def __init__(self, spec: TowerSpec):
+        super().__init__()
+        self.spec = spec
+        self.text_model = TextModel(spec)
+        if spec.projection is not None:
+            self.text_projection = nn.Linear(spec.width, spec.projection, bias=False)
+
+    def forward(self, ids: Int[Tensor, "b n"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b p"] | None]:
+        """The hidden states that the spec names and, with `pooled`, the projected state of the first end token."""
+        states, norm = self.text_model(ids), self.text_model.final_layer_norm
+        hidden = states[self.spec.layer]
+        hidden = norm(hidden) if self.spec.final_norm else hidden
+        return hidden, self.pool(norm(states[-1]), ids) if self.spec.pooled else None
+
+    def pool(self, last: Float[Tensor, "b n d"], ids: Int[Tensor, "b n"]) -> Float[Tensor, "b p"]:
+        """The text projection of the state at each text's first end token: what CLIP compares with pictures."""
+        end = (ids == self.spec.end).int().argmax(dim=1)
+        return self.text_projection(last[torch.arange(len(ids), device=ids.device), end])
