@@ -118,9 +118,7 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "b c h w"], prompt: list[KeysValues], attend: Attend
-    ) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], prompt: list[KeysValues], attend: Attend) -> Float[Tensor, "b c h w"]:
         """`prompt` holds the keys and values of every block of the network."""
         y = self.norm(x)
         y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))  # [b, hw, c]

@@ -41,7 +41,7 @@ class UNetConfig:
         for name in ("attention", "transformer_layers", "heads"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name}={getattr(self, name)}: needs {levels} entries, as block_out_channels has")
-        for channels, heads in zip(self.block_out_channels, self.heads):
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             if channels % self.norm_groups or channels % heads:
                 raise ValueError(
                     f"block_out_channels={self.block_out_channels}: each must be a multiple of "
@@ -253,8 +253,8 @@ class UNet(nn.Module):
         Raises ValueError where a shape does not fit the configuration.
         """
         self._check(x, t, vector, guidance_embedding)
+        self._check_batch(context, len(x))
         prompt = self.project_context(context) if isinstance(context, Tensor) else context
-        self._check_prompt(prompt, len(x))
 
         emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(x.dtype), guidance_embedding)
         if vector is not None:
@@ -266,8 +266,8 @@ class UNet(nn.Module):
         for block in self.down_blocks:
             skips += self._run(block, skips[-1], emb, prompt, attend)
         x = self._run(self.mid_block, skips[-1], emb, prompt, attend)  #               [b, widths[-1], h/8, w/8]
+        n = self.config.layers_per_block + 1
         for block in self.up_blocks:
-            n = len(block.resnets)
             skips, own = skips[:-n], skips[-n:]
             size = (skips or own)[-1].shape[-2:]
             x = self._run(block, x, own, size, emb, prompt, attend)
@@ -292,8 +292,9 @@ class UNet(nn.Module):
                 allowed = "None: this model takes none" if dim is None else f"shape [{len(x)}, {dim}]"
                 raise ValueError(f"{name} has shape {given}: needs {allowed}")
 
-    def _check_prompt(self, prompt: list[KeysValues], batch: int) -> None:
-        if len(prompt) != self.cross_attentions:
-            raise ValueError(f"context has {len(prompt)} entries: needs {self.cross_attentions}, as project_context makes")
-        if len(prompt[0][0]) != batch:
-            raise ValueError(f"context has batch {len(prompt[0][0])}: needs {batch}, as x has")
+    def _check_batch(self, context: Tensor | list[KeysValues], batch: int) -> None:
+        if not isinstance(context, Tensor) and len(context) != self.cross_attentions:
+            raise ValueError(f"context has {len(context)} entries: needs {self.cross_attentions}, as project_context makes")
+        given = len(context if isinstance(context, Tensor) else context[0][0])
+        if given != batch:
+            raise ValueError(f"context has batch {given}: needs {batch}, as x has")

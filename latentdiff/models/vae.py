@@ -195,9 +195,7 @@ class VAE(nn.Module):
         """Pixels along the side of one latent."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    def moments(
-        self, images: Float[Tensor, "b 3 height width"]
-    ) -> tuple[Float[Tensor, "b z h w"], Float[Tensor, "b z h w"]]:
+    def moments(self, images: Float[Tensor, "b 3 height width"]) -> tuple[Float[Tensor, "b z h w"], Float[Tensor, "b z h w"]]:
         """Mean and log variance, clamped to [-30, 20], of the unscaled latents of pictures in [-1, 1]."""
         check_channels("images", images, self.config.in_channels)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
