@@ -1,0 +1,1 @@
+"""Training: data, the three networks' losses and loops, EMA, checkpoints."""
