@@ -1,14 +1,17 @@
-"""The text tower of CLIP (Radford et al. 2021, arXiv 2103.00020, sec. 2.4) in all of its sizes.
+"""The text tower of CLIP (Radford et al. 2021, arXiv 2103.00020, sec. 2.4) in all of its sizes, and its tokenizer.
 
-The same function as transformers' `CLIPTextModel`, to which a test holds it, with the parameter names that the files have. It is
-written out because importing transformers' takes twice as long as importing torch, and brings torchvision with it.
+The same functions as transformers' `CLIPTextModel` and `CLIPTokenizer`, to which tests hold them, with the parameter names that the
+files have. They are written out because importing transformers' takes twice as long as importing torch, and brings torchvision.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 
 
@@ -44,6 +47,65 @@ class TowerSpec:
             raise ValueError("pooled=True needs a projection, got projection=None")
         if not -self.layers - 1 <= self.layer <= -1:
             raise ValueError(f"layer must be from {-self.layers - 1} to -1, got {self.layer!r}")
+
+
+WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) of lower-cased text.
+
+    Begin, end and padding are not put in, and nothing that is typed becomes one of them: they belong to the tower (`TowerSpec`).
+    `added` words, beyond the vocabulary, are found in the text as they stand and get the next ids.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        *,
+        begin: str = "<|startoftext|>",
+        end: str = "<|endoftext|>",
+        length: int = 77,
+        added: Sequence[str] = (),
+    ):
+        for name, token in (("begin", begin), ("end", end)):
+            if token not in vocab:
+                raise ValueError(f"{name} must be in the vocabulary, got {token!r}")
+        self.vocab, self.merges, self.added = dict(vocab), list(merges), list(added)
+        self.begin, self.end, self.length = begin, end, length
+        self.backend = Backend(models.BPE(self.vocab, self.merges, end_of_word_suffix="</w>", unk_token=end))
+        self.backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        self.backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [
+                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        self.backend.add_tokens([AddedToken(word) for word in self.added])
+
+    def __call__(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size()
+
+    @property
+    def begin_id(self) -> int:
+        return self.vocab[self.begin]
+
+    @property
+    def end_id(self) -> int:
+        return self.vocab[self.end]
+
+    def id(self, token: str) -> int | None:
+        """The id of a token or an added word."""
+        return self.backend.token_to_id(token)
+
+    def token(self, id: int) -> str | None:
+        return self.backend.id_to_token(id)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
