@@ -14,7 +14,7 @@ a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,43 +94,152 @@ def zero_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     return NoiseSchedule((root**2).clamp(min=ABAR_FLOOR))
 
 
-def leading(T: int, steps: int, offset: int = 0) -> Tensor:
-    """t = offset + k · (T // steps), k = steps-1 … 0: what DDIM's and Stable Diffusion's own code did. float64 [steps]."""
-    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (T // steps) + offset
+def leading(T: int, steps: int, offset: int = 0) -> Float[Tensor, " steps"]:
+    """t = offset + k · (T // steps), k = steps-1 … 0: what DDIM's and Stable Diffusion's own code did.
+
+    An offset that would leave the table is cut, so that no level occurs twice.
+    """
+    stride = T // steps
+    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * stride + min(offset, T - 1 - (steps - 1) * stride)
 
 
-def trailing(T: int, steps: int, offset: int = 0) -> Tensor:
-    """t = round(T - k · T / steps) - 1: starts at the noisiest level (Lin et al., table 2). float64 [steps]."""
+def trailing(T: int, steps: int) -> Float[Tensor, " steps"]:
+    """t = round(T - k · T / steps) - 1: starts at the noisiest level (Lin et al., table 2). Elsewhere "sgm_uniform"."""
     return (T - torch.arange(steps, dtype=torch.float64) * (T / steps)).round() - 1
 
 
-def linspace(T: int, steps: int, offset: int = 0) -> Tensor:
-    """t = T-1 … 0 in equal, possibly fractional, steps. float64 [steps]."""
-    return torch.linspace(T - 1, 0, steps, dtype=torch.float64) if steps > 1 else torch.tensor([T - 1.0], dtype=torch.float64)
+def linspace(T: int, steps: int) -> Float[Tensor, " steps"]:
+    """t = T-1 … 0 in equal, possibly fractional, steps. Elsewhere "normal"."""
+    return torch.linspace(T - 1, 0, max(steps, 2), dtype=torch.float64)[:steps]
 
 
-SPACINGS: dict[str, Callable[[int, int, int], Tensor]] = {"leading": leading, "trailing": trailing, "linspace": linspace}
+def simple(T: int, steps: int) -> Float[Tensor, " steps"]:
+    """t = T - 1 - floor(k · T / steps): ComfyUI's "simple", which differs from trailing by rounding alone."""
+    return T - 1 - (torch.arange(steps, dtype=torch.float64) * (T / steps)).floor()
+
+
+def beta(T: int, steps: int, a: float = 0.6, b: float = 0.6) -> Float[Tensor, " steps"]:
+    """t = (T - 1) · Q(1 - k / steps), Q the quantile function of Beta(a, b): dense at both ends (Lee et al., arXiv 2407.12173).
+
+    ComfyUI rounds t and drops what then occurs twice; here t stays fractional and every step is kept.
+    """
+    p = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    return (T - 1) * beta_quantile(p, a, b)
+
+
+def beta_quantile(p: Float[Tensor, " n"], a: float, b: float) -> Float[Tensor, " n"]:
+    """The x at which the regularised incomplete beta function I_x(a, b) is p, by bisection; float64."""
+    low, high = torch.zeros_like(p), torch.ones_like(p)
+    for _ in range(60):
+        x = (low + high) / 2
+        below = _beta_cdf(x, a, b) < p
+        low, high = torch.where(below, x, low), torch.where(below, high, x)
+    return torch.where(p >= 1, 1.0, torch.where(p <= 0, 0.0, (low + high) / 2))
+
+
+def _beta_cdf(x: Tensor, a: float, b: float) -> Tensor:
+    """I_x(a, b) by its power series (DLMF 8.17.7) on the side of 1/2 where it converges fast."""
+    mirrored = x > 0.5
+    y = torch.where(mirrored, 1 - x, x)
+    p = a + (b - a) * mirrored.double()
+    q = a + b - p
+    term, total = torch.ones_like(y), 1 / p
+    for n in range(1, 60):
+        term = term * (n - q) / n * y
+        total = total + term / (p + n)
+    tail = y**p * total * math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+    return torch.where(mirrored, 1 - tail, tail)
+
+
+def karras(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> Float[Tensor, " steps"]:
+    """sigma^(1/rho) in equal steps from sigma_max to sigma_min (Karras et al., arXiv 2206.00364, eq. 5)."""
+    ramp = torch.linspace(0, 1, max(steps, 2), dtype=torch.float64)[:steps]
+    return torch.lerp(_end(sigma_max) ** (1 / rho), _end(sigma_min) ** (1 / rho), ramp) ** rho
+
+
+def exponential(sigma_min: float, sigma_max: float, steps: int) -> Float[Tensor, " steps"]:
+    """log sigma in equal steps: the natural grid of DPM-Solver (Lu et al., arXiv 2206.00927, section 3.4)."""
+    ramp = torch.linspace(0, 1, max(steps, 2), dtype=torch.float64)[:steps]
+    return torch.lerp(_end(sigma_max).log(), _end(sigma_min).log(), ramp).exp()
+
+
+def _end(sigma: float) -> Tensor:
+    return torch.tensor(sigma, dtype=torch.float64)
+
+
+AYS = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+}
+
+
+def ays(levels: tuple[float, ...], steps: int) -> Float[Tensor, " steps"]:
+    """Align Your Steps (Sabour et al., arXiv 2404.14507): levels optimised for 10 steps, log-linear between for other counts.
+
+    The last of the published levels is where the run ends, so it is left to `final`.
+    """
+    log = torch.tensor(levels, dtype=torch.float64).log()
+    at = torch.arange(steps, dtype=torch.float64) * ((len(levels) - 1) / steps)
+    low = at.long()
+    return torch.lerp(log[low], log[low + 1], at - low).exp()
+
+
+Spacing = Callable[[NoiseSchedule, int, int], Tensor]  # (schedule, steps, offset) -> sigmas [steps], decreasing, float64
+
+SPACINGS: dict[str, Spacing] = {
+    "leading": lambda s, n, offset: s.sigma(leading(len(s), n, offset)),
+    "trailing": lambda s, n, _: s.sigma(trailing(len(s), n)),
+    "linspace": lambda s, n, _: s.sigma(linspace(len(s), n)),
+    "simple": lambda s, n, _: s.sigma(simple(len(s), n)),
+    "beta": lambda s, n, _: s.sigma(beta(len(s), n)),
+    "karras": lambda s, n, _: karras(s.sigmas[0].item(), s.sigmas[-1].item(), n),
+    "exponential": lambda s, n, _: exponential(s.sigmas[0].item(), s.sigmas[-1].item(), n),
+    "ays": lambda s, n, _: ays(AYS["sd15"], n),
+    "ays_sdxl": lambda s, n, _: ays(AYS["sdxl"], n),
+}
 
 
 def grid(
-    schedule: NoiseSchedule, steps: int, spacing: str = "trailing", *, offset: int = 0, final: str = "zero"
+    schedule: NoiseSchedule, steps: int, spacing: str | Sequence[float] = "trailing", *, offset: int = 0, final: str = "zero"
 ) -> Float[Tensor, " steps+1"]:
     """The strictly decreasing noise levels of a run of `steps` steps, float32 on the CPU.
 
-    final: where the run ends. "zero" is sigma = 0; "sigma_min" is the table's lowest level, which is what a scheduler file with
-    `set_alpha_to_one: false` (Stable Diffusion 1.x, 2.x) means.
-    Errors: ValueError for steps outside 1 … T or an unknown spacing or final.
+    spacing: one of SPACINGS, or the steps + 1 levels themselves. offset: of leading's t alone.
+    final: where a named spacing ends. "zero" is sigma = 0; "sigma_min" is the table's lowest level, which is what a scheduler
+    file with `set_alpha_to_one: false` (Stable Diffusion 1.x, 2.x) means.
+    Errors: ValueError for steps outside 1 … T, an unknown spacing or final, or levels that are no grid or above the table.
     """
     T = len(schedule)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
         raise ValueError(f"steps must be an integer from 1 to {T}, got {steps!r}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    if isinstance(spacing, str) and spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, or a list of noise levels, got {spacing!r}")
     if final not in ("zero", "sigma_min"):
         raise ValueError(f"final must be zero or sigma_min, got {final!r}")
-    t = SPACINGS[spacing](T, steps, offset).clamp(max=T - 1)
+    sigmas = _named(schedule, steps, spacing, offset, final) if isinstance(spacing, str) else _explicit(spacing, steps)
+    if sigmas[0] > 1.001 * schedule.sigmas[-1]:
+        raise ValueError(
+            f"spacing {spacing!r} starts at {sigmas[0]:.4g}: this model knows no level above {schedule.sigmas[-1]:.4g}"
+        )
+    return sigmas
+
+
+def _named(schedule: NoiseSchedule, steps: int, spacing: str, offset: int, final: str) -> Float[Tensor, " steps+1"]:
     last = torch.zeros(1, dtype=torch.float64) if final == "zero" else schedule.sigmas[:1]
-    sigmas = torch.cat([schedule.sigma(t), last]).float()
+    sigmas = torch.cat([SPACINGS[spacing](schedule, steps, offset), last]).float()
     if final == "sigma_min" and sigmas[-2] <= sigmas[-1]:  # the grid already ends on the lowest level: step from it to 0
         sigmas[-1] = 0.0
+    return sigmas
+
+
+def _explicit(levels: Sequence[float], steps: int) -> Float[Tensor, " steps+1"]:
+    """A user's own grid, checked."""
+    try:
+        sigmas = torch.as_tensor(levels, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"spacing must be a name or a list of noise levels, got {levels!r}") from error
+    if sigmas.shape != (steps + 1,):
+        raise ValueError(f"spacing must have steps + 1 = {steps + 1} noise levels, got a shape of {list(sigmas.shape)}")
+    if not bool(sigmas.isfinite().all() and (sigmas.diff() < 0).all() and sigmas[-1] >= 0):
+        raise ValueError(f"spacing must be finite noise levels that decrease strictly to 0 or above, got {sigmas.tolist()}")
     return sigmas
