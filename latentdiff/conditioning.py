@@ -1,0 +1,168 @@
+"""Prompts to what the U-Net listens to. One tower or two, pooled vectors, sizes: SDXL is data here, not a subclass.
+
+A prompt becomes tokens with weights, the tokens become chunks as long as a tower reads, each chunk is encoded by itself, and the
+chunks are joined along the tokens. So a prompt may have any length, and nothing of it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentdiff.checkpoints.families import ModelSpec
+from latentdiff.models.text import TextTower, TowerSpec
+from latentdiff.models.unet import sinusoids
+
+Tokenizer = Callable[[str], list[int]]  # text -> ids, without begin, end and padding
+Parse = Callable[[str], list[list[tuple[str, float]]]]  # prompt -> sections (each starts a new chunk) of (text, weight)
+Weigh = Callable[[Float[Tensor, "c n d"], Float[Tensor, "c n"]], Float[Tensor, "c n d"]]  # (states, weight of each token)
+
+AESTHETIC_SCORES = (6.0, 2.5)  # what SDXL's refiner is told of the prompt and of the negative prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Cond:
+    """The conditions of a batch, one entry a picture: the prompt as the U-Net takes it, and SDXL's vector.
+
+    `context` is the embedding [b, n, d], or what `UNet.project_context` made of it: keys and values [b, h, n, e] of each attention.
+    """
+
+    context: Float[Tensor, "b n d"] | list[tuple[Tensor, Tensor]]
+    vector: Float[Tensor, "b v"] | None = None
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the context; only conditions of one length fit in a batch."""
+        return self._first.shape[-2]
+
+    @property
+    def _first(self) -> Tensor:
+        return self.context if isinstance(self.context, Tensor) else self.context[0][0]
+
+    def join(self, other: Cond) -> Cond:
+        """Both batches as one."""
+        if (self.vector is None) != (other.vector is None) or self.tokens != other.tokens:
+            raise ValueError(f"other: its conditions have {other.tokens} tokens and vector {other.vector}, ours {self.tokens}")
+        pairs = zip(self._tensors(), other._tensors(), strict=True)
+        return self._like([torch.cat(pair) for pair in pairs])
+
+    def repeat(self, n: int) -> Cond:
+        """Each entry n times in a row."""
+        return self._like([tensor.repeat_interleave(n, dim=0) for tensor in self._tensors()])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
+        return self._like([tensor.to(device=device, dtype=dtype) for tensor in self._tensors()])
+
+    def finite(self) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        context = [self.context] if isinstance(self.context, Tensor) else [t for pair in self.context for t in pair]
+        return context if self.vector is None else [*context, self.vector]
+
+    def _like(self, tensors: list[Tensor]) -> Cond:
+        """Put the tensors that `_tensors` gave, changed, back in their places."""
+        vector = None if self.vector is None else tensors.pop()
+        return Cond(tensors[0] if isinstance(self.context, Tensor) else list(zip(tensors[::2], tensors[1::2], strict=True)), vector)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a tower reads at once: begin, tokens, end, padding; and the weight of each (1 for those that the prompt did not name)."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def plain(prompt: str) -> list[list[tuple[str, float]]]:
+    """The prompt as it stands: one section, weight 1."""
+    return [[(prompt, 1.0)]]
+
+
+def chunks(sections: Sequence[Sequence[tuple[int, float]]], spec: TowerSpec) -> list[Chunk]:
+    """Weighted tokens, section by section, as chunks of `spec.length`; a section without tokens is an empty chunk."""
+    room = spec.length - 2
+    return [chunk(section[i : i + room], spec) for section in sections for i in range(0, max(len(section), 1), room)]
+
+
+def chunk(tokens: Sequence[tuple[int, float]], spec: TowerSpec) -> Chunk:
+    """At most `spec.length` − 2 tokens between begin and end, padded."""
+    padding = spec.length - 2 - len(tokens)
+    ids = (spec.begin, *(id for id, _ in tokens), spec.end, *[spec.pad] * padding)
+    return Chunk(ids, (1.0, *(weight for _, weight in tokens), 1.0, *[1.0] * padding))
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """The text towers of a model, with their tokenizers, and how what they give is put together.
+
+    `parse` reads a prompt's weighting syntax, `weigh` applies the weights to a tower's states; by default a prompt has none.
+    """
+
+    towers: tuple[TextTower, ...]
+    tokenizers: tuple[Tokenizer, ...]
+    spec: ModelSpec
+    parse: Parse = plain
+    weigh: Weigh | None = None
+
+    def encode(self, prompt: str, negative: str | None, *, size: tuple[int, int]) -> tuple[Cond, Cond]:
+        """Conditions of the prompt and of the negative prompt, for one picture of `size` (width, height) pixels.
+
+        Both get as many chunks as the longer needs. Without a negative prompt it is the empty one, or zeros where the model's
+        spec says so. Values may be non-finite where a tower overflows its dtype: the caller checks.
+        """
+        mine, other = self.chunks(prompt), self.chunks(negative or "")
+        most = max(len(c) for c in [*mine, *other])
+        cond, uncond = (self._encode(self._fill(c, most), size, s) for c, s in zip((mine, other), AESTHETIC_SCORES, strict=True))
+        if not negative and self.spec.zero_empty_negative:
+            uncond = self._zeros(uncond, size)
+        return cond, uncond
+
+    def chunks(self, prompt: str) -> list[list[Chunk]]:
+        """The prompt's chunks, for each tower."""
+        sections = self.parse(prompt)
+        return [
+            chunks([[(id, w) for text, w in section for id in tokenize(text)] for section in sections], tower.spec)
+            for tokenize, tower in zip(self.tokenizers, self.towers, strict=True)
+        ]
+
+    def _fill(self, of_towers: list[list[Chunk]], n: int) -> list[list[Chunk]]:
+        """Empty chunks behind, up to n for every tower."""
+        pairs = zip(of_towers, self.towers, strict=True)
+        return [[*own, *[chunk([], tower.spec)] * (n - len(own))] for own, tower in pairs]
+
+    def _encode(self, of_towers: list[list[Chunk]], size: tuple[int, int], score: float) -> Cond:
+        """Towers side by side along the width, chunks one after the other along the tokens; pooled is the first chunk's."""
+        contexts, pooled = [], None
+        for tower, own in zip(self.towers, of_towers, strict=True):
+            device = next(tower.parameters()).device
+            hidden, pools = tower(torch.tensor([c.ids for c in own], device=device))  # [chunks, length, d]
+            weights = torch.tensor([c.weights for c in own], device=device)
+            if self.weigh is not None and bool((weights != 1).any()):
+                hidden = self.weigh(hidden, weights)
+            contexts.append(hidden.flatten(0, 1)[None])  #                              [1, chunks · length, d]
+            pooled = pooled if pools is None else pools[:1]
+        return Cond(torch.cat(contexts, dim=-1), self._vector(pooled, size, score))
+
+    def _vector(self, pooled: Tensor | None, size: tuple[int, int], score: float) -> Float[Tensor, "1 v"] | None:
+        """Pooled text, then 256 sinusoids a number: original height and width, crop top and left, and target size or score."""
+        if self.spec.vector == "none" or pooled is None:
+            return None
+        width, height = size
+        last = [height, width] if self.spec.vector == "size" else [score]
+        numbers = torch.tensor([height, width, 0, 0, *last], dtype=torch.float32, device=pooled.device)
+        return torch.cat([pooled, sinusoids(numbers, 256).flatten()[None].to(pooled.dtype)], dim=-1)
+
+    def _zeros(self, cond: Cond, size: tuple[int, int]) -> Cond:
+        """Zeros for text and pooled text; the sizes stay."""
+        assert isinstance(cond.context, Tensor)
+        pooled = [tower.spec.projection for tower in self.towers if tower.spec.pooled]
+        vector = None if cond.vector is None else self._vector(cond.vector.new_zeros(1, pooled[-1] or 0), size, AESTHETIC_SCORES[1])
+        return Cond(torch.zeros_like(cond.context), vector)

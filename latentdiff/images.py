@@ -1,0 +1,315 @@
+"""Pictures: tensors and PIL, grids, files. A PNG carries its recipe in the `parameters` text that other programs read."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+MAX_PIXELS = 50_000_000  # of a picture that we open; a header that claims more is refused before anything is decoded
+OPENS = ("PNG", "JPEG", "WEBP", "BMP")
+SAVES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+Picture = str | Path | Image.Image
+
+
+def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Pictures in [-1, 1], clamped and rounded to 8 bits."""
+    pixels = (images.detach().float().cpu() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+    return [Image.fromarray(p.permute(1, 2, 0).contiguous().numpy()) for p in pixels]
+
+
+def to_tensor(images: Iterable[Image.Image]) -> Float[Tensor, "b 3 h w"]:
+    """RGB pictures of one size as float32 in [-1, 1]."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Images(list[Image.Image]):
+    """A list of PIL pictures that also saves, tiles and shows itself in a notebook."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return Images(found) if isinstance(index, slice) else found
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write one file a picture, PNGs with their recipe, and return the paths.
+
+        One picture takes `path` itself; of several, number k takes `<stem>-k<suffix>`. A folder (that exists, or with a slash at the
+        end) gets `<prompt>-<seed>.png`. Errors: ValueError for a suffix that is none of SAVES.
+        """
+        paths = names(path, self)
+        for image, target in zip(self, paths, strict=True):
+            save_image(image, target)
+        return paths
+
+    def tile(self, columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:
+        return tile(self, columns, labels)
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the picture, or all of them side by side."""
+        if not self:
+            return None
+        buffer = io.BytesIO()
+        (self[0] if len(self) == 1 else self.tile()).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def tile(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:
+    """All pictures in rows, on white; as square as can be unless `columns` is given. A label stands under its picture."""
+    if not images:
+        raise ValueError("images must hold at least one picture, got none")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns!r}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"labels must be one a picture ({len(images)}), got {len(labels)}")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    font = ImageFont.load_default(max(10, width // 12))
+    text = 0 if labels is None else math.ceil(font.size * 1.4)
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * (height + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, image in enumerate(images):
+        x, y = k % columns * width, k // columns * (height + text)
+        sheet.paste(image, (x, y))
+        if labels is not None:
+            draw.text((x + width / 2, y + height + text / 2), fitted(labels[k], font, 0.95 * width), "black", font, anchor="mm")
+    return sheet
+
+
+def fitted(label: str, font: Any, width: float) -> str:
+    """The label on one line, shortened with an ellipsis where it is wider than `width` pixels."""
+    label = " ".join(label.split())
+    while font.getlength(label) > width and len(label) > 1:
+        label = label[:-2] + "…"
+    return label
+
+
+def save_grid(images: Float[Tensor, "b 3 h w"], path: str | Path, columns: int | None = None) -> None:
+    """Pictures in [-1, 1] as one file."""
+    save_image(tile(to_pil(images), columns), Path(path))
+
+
+def names(path: str | Path, images: Sequence[Image.Image]) -> list[Path]:
+    """Where `Images.save` puts each picture."""
+    target = Path(path)
+    if target.is_dir() or str(path).endswith(("/", "\\")):
+        return numbered([target / f"{slug(image)}.png" for image in images])
+    check_suffix(target)
+    if len(images) == 1:
+        return [target]
+    digits = len(str(len(images)))
+    return [target.with_name(f"{target.stem}-{k:0{digits}}{target.suffix}") for k in range(1, len(images) + 1)]
+
+
+def check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in SAVES:
+        raise ValueError(f"path must end in {', '.join(SAVES)}, or be a folder, got {str(path)!r}")
+
+
+def slug(image: Image.Image) -> str:
+    """A file name from the picture's recipe: its prompt's words and its seed."""
+    recipe = parse_parameters(image.info.get("parameters", ""))[0]
+    words = "-".join(re.findall(r"\w+", str(recipe["prompt"]).lower()))[:60].strip("-")
+    return "-".join(filter(None, [words or "picture", str(recipe.get("seed", ""))]))
+
+
+def numbered(paths: Sequence[Path]) -> list[Path]:
+    """Equal names told apart by -2, -3, …"""
+    taken: dict[Path, int] = {}
+    found = []
+    for path in paths:
+        taken[path] = taken.get(path, 0) + 1
+        found.append(path if taken[path] == 1 else path.with_name(f"{path.stem}-{taken[path]}{path.suffix}"))
+    return found
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write one picture; a PNG with the `parameters` of its info. Folders on the way are made."""
+    check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"PNG": {"pnginfo": png_text(image)}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
+    kind = SAVES[path.suffix.lower()]
+    image.save(path, kind, **options[kind])
+
+
+def png_text(image: Image.Image) -> PngImagePlugin.PngInfo:
+    text = PngImagePlugin.PngInfo()
+    if parameters := image.info.get("parameters"):
+        text.add_text("parameters", parameters)
+    return text
+
+
+# -------------------------------------------------------------------------------------------------------- user's pictures
+
+
+def open_picture(source: Picture, mode: str = "RGB") -> Image.Image:
+    """A picture that a user gives (a path, or a PIL picture), right side up, in 8 bits of `mode` ("RGB", or "L" for masks).
+
+    Transparent parts become white. Errors: FileNotFoundError; ValueError for a format not in OPENS, more than MAX_PIXELS, an animation
+    or a damaged file, all but the last before decoding.
+    """
+    image = source if isinstance(source, Image.Image) else _open(Path(source))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{_name(source)}: has {image.width}×{image.height} pixels; at most {MAX_PIXELS:,} are allowed")
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO is a camera's JPEG with a preview behind
+        raise ValueError(f"{_name(source)}: is an animation; a still picture is needed")
+    try:
+        image.load()
+        return flat(ImageOps.exif_transpose(image)).convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{_name(source)}: the picture is damaged and cannot be read ({error})") from None
+
+
+def _open(path: Path) -> Image.Image:
+    """The header of a picture file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        return Image.open(path, formats=OPENS)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: is no picture in one of the formats {', '.join(OPENS)}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: too many pixels, at most {MAX_PIXELS:,} are allowed ({error})") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: the picture's header is damaged or too large ({error})") from None
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """RGB in 8 bits: 16-bit greys scaled (PIL would clip them), transparency laid on white."""
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image, dtype=np.float64) / (257 if image.mode.startswith("I") else 1 / 255)
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _name(source: Picture) -> str:
+    return "picture" if isinstance(source, Image.Image) else str(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipes
+
+KEYS = {  # name in the text -> keyword of `pipe(...)`
+    "Steps": "steps",
+    "Sampler": "sampler",
+    "Schedule type": "spacing",
+    "Eta": "eta",
+    "CFG scale": "guidance",
+    "CFG rescale": "rescale",
+    "Seed": "seed",
+    "Size": "size",
+}
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+NEGATIVE = "Negative prompt: "
+EXACT = ("Exact prompt", "Exact negative prompt")  # written only where the plain text could be read in two ways
+
+
+def write_parameters(recipe: Mapping[str, Any], extra: Mapping[str, str] | None = None) -> str:
+    """A recipe (keywords of `pipe`) as A1111's text, with more pairs behind. Reading it gives the same recipe, whatever the prompt."""
+    pairs = {name: _text(recipe[key]) for name, key in KEYS.items() if recipe.get(key) is not None} | dict(extra or {})
+    prompt, negative = recipe["prompt"], recipe.get("negative") or ""
+    head = f"{prompt}\n{NEGATIVE}{negative}\n" if negative else f"{prompt}\n"
+    text = head + _line(pairs)
+    found = parse_parameters(text)[0]
+    if (found["prompt"], found.get("negative", "")) == (prompt, negative):
+        return text
+    return head + _line(pairs | dict(zip(EXACT, (prompt, negative), strict=True)))
+
+
+def _line(pairs: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items())
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]|^\s|\s$|^$', value) else value
+
+
+def _text(value: Any) -> str:
+    """Numbers as short as they stay exact, a size as 512x768, a grid of noise levels as JSON."""
+    match value:
+        case tuple():
+            return "x".join(map(str, value))
+        case list():
+            return json.dumps(value)
+        case float() if value.is_integer() and abs(value) < 1e15:
+            return str(int(value))
+        case _:
+            return str(value)
+
+
+def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A `parameters` text as keywords of `pipe`, and the pairs that are none of ours. What the values are worth, `pipe` checks.
+
+    The last line counts as parameters only if it holds at least three pairs, as other readers have it.
+    """
+    body, _, last = text.rpartition("\n")
+    pairs = {name: _unquoted(value) for name, value in PAIR.findall(last)}
+    if len(pairs) < 3:
+        body, pairs = text, {}
+    prompt, negative = _split(body)
+    if EXACT[0] in pairs:
+        prompt, negative = pairs.pop(EXACT[0]), pairs.pop(EXACT[1], "")
+    recipe: dict[str, Any] = {"prompt": prompt} | ({"negative": negative} if negative else {})
+    recipe |= {key: _value(key, pairs.pop(name)) for name, key in KEYS.items() if name in pairs}
+    return recipe, pairs
+
+
+def _split(body: str) -> tuple[str, str]:
+    prompt, found, negative = f"\n{body}".partition(f"\n{NEGATIVE}")
+    return (prompt[1:], negative) if found else (body, "")
+
+
+def _unquoted(value: str) -> str:
+    if not (value.startswith('"') and value.endswith('"')):
+        return value
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value
+
+
+def _value(key: str, text: str) -> Any:
+    """A value as `pipe` takes it; what cannot be read stays text, for `pipe` to refuse by name."""
+    try:
+        match key:
+            case "steps" | "seed":
+                return int(text)
+            case "eta" | "guidance" | "rescale":
+                return float(text)
+            case "size":
+                width, height = text.split("x")
+                return int(width), int(height)
+            case "spacing" if text.startswith("["):
+                return json.loads(text)
+    except ValueError:
+        pass
+    return text
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe of a PNG, as keywords for `pipe(**recipe)`. Nothing is trusted: `pipe` checks every value.
+
+    Errors: FileNotFoundError; ValueError where the file is no PNG or carries no recipe.
+    """
+    return read_parameters(path)[0]
+
+
+def read_parameters(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The recipe of a PNG, and what else its `parameters` say (model, version, other programs' settings)."""
+    image = _open(Path(path))
+    text = image.info.get("parameters")
+    if not isinstance(text, str):
+        raise ValueError(f"{path}: carries no recipe (a PNG text named `parameters`)")
+    return parse_parameters(text)

@@ -1,0 +1,300 @@
+"""Pictures in, pictures out, and the recipe that travels with them."""
+
+import io
+import math
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from latentdiff import images as I
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=80)
+tricky = st.lists(
+    st.sampled_from(
+        [
+            "\n",
+            "Negative prompt: ",
+            "Steps: 3, Sampler: x, Seed: 1",
+            ", ",
+            ": ",
+            '"',
+            "\\",
+            "a cat",
+            "\r",
+            " ",
+            "\x00",
+            "Exact prompt: ",
+        ]
+    ),
+    max_size=8,
+).map("".join)
+prompts = texts | tricky
+levels = st.floats(min_value=0, max_value=1e6, allow_nan=False)
+recipes = st.fixed_dictionaries(
+    {
+        "prompt": prompts,
+        "steps": st.integers(1, 1000),
+        "sampler": st.sampled_from(["ddim", "dpm++ 2m"]),
+        "seed": st.integers(0, 2**64 - 1),
+    },
+    optional={
+        "negative": prompts.filter(bool),
+        "guidance": st.floats(allow_nan=False, allow_infinity=False),
+        "rescale": st.floats(0, 1),
+        "eta": st.floats(0, 1),
+        "spacing": st.sampled_from(["trailing", "karras"]) | st.lists(levels, min_size=2, max_size=5),
+        "size": st.tuples(st.integers(8, 4096), st.integers(8, 4096)),
+    },
+)
+
+
+@given(recipes, st.dictionaries(st.sampled_from(["Model", "Version"]), texts))
+@settings(deadline=None, max_examples=300)
+@example({"prompt": "a\nNegative prompt: b", "steps": 1, "sampler": "ddim", "seed": 0}, {})
+@example({"prompt": "", "negative": "x\nSteps: 1, Seed: 2, Size: 8x8", "steps": 1, "sampler": "ddim", "seed": 0}, {})
+def test_reading_a_recipe_gives_what_was_written(recipe, extra):
+    found, others = I.parse_parameters(I.write_parameters(recipe, extra))
+    assert found == recipe
+    assert {k: v for k, v in others.items() if k not in I.EXACT} == extra
+
+
+@given(recipe=recipes)
+@settings(deadline=None, max_examples=50)
+def test_a_recipe_survives_the_png(tmp_path_factory, recipe):
+    path = tmp_path_factory.getbasetemp() / "recipe.png"
+    image = Image.new("RGB", (2, 2))
+    image.info["parameters"] = I.write_parameters(recipe)
+    I.save_image(image, path)
+    assert I.read_recipe(path) == recipe
+
+
+def test_the_text_is_what_other_programs_read():
+    recipe = dict(
+        prompt="a cat,\nsitting",
+        negative="blurry",
+        steps=20,
+        sampler="ddim",
+        spacing="trailing",
+        guidance=7.0,
+        seed=5,
+        size=(512, 768),
+    )
+    text = I.write_parameters(recipe, {"Model": "a, b", "Version": "latentdiff 1"})
+    assert text == (
+        "a cat,\nsitting\nNegative prompt: blurry\n"
+        'Steps: 20, Sampler: ddim, Schedule type: trailing, CFG scale: 7, Seed: 5, Size: 512x768, Model: "a, b", Version: latentdiff 1'
+    )
+    assert "Exact" not in text
+
+
+def test_a_text_of_another_program_is_read():
+    """The example of A1111's own documentation; what is not ours is handed back apart."""
+    text = 'a (cat:1.2)\nin a hat\nNegative prompt: bad\nugly\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 965400086, Size: 512x640, Model hash: 45dee52b, Model: "x, y", Clip skip: 2'
+    recipe, others = I.parse_parameters(text)
+    assert recipe == dict(
+        prompt="a (cat:1.2)\nin a hat", negative="bad\nugly", steps=20, sampler="DPM++ 2M", spacing="Karras", guidance=7.5, seed=965400086, size=(512, 640)
+    )  # fmt: skip
+    assert others == {"Model hash": "45dee52b", "Model": "x, y", "Clip skip": "2"}
+
+
+def test_fewer_than_three_pairs_are_part_of_the_prompt():
+    assert I.parse_parameters("a cat\nSteps: 3, Seed: 1") == ({"prompt": "a cat\nSteps: 3, Seed: 1"}, {})
+
+
+@given(texts)
+@settings(deadline=None)
+def test_any_text_is_read_without_error(text):
+    I.parse_parameters(text + "\n" + text)
+
+
+def test_forged_values_stay_text_for_the_pipeline_to_refuse():
+    recipe, _ = I.parse_parameters("x\nSteps: __import__('os'), Seed: 1e9, Size: 8, CFG scale: ten, Sampler: y")
+    assert recipe == {"prompt": "x", "steps": "__import__('os')", "seed": "1e9", "size": "8", "guidance": "ten", "sampler": "y"}
+
+
+def test_png_without_recipe_and_other_files(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="carries no recipe"):
+        I.read_recipe(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("<html>")
+    with pytest.raises(ValueError, match="no picture in one of the formats"):
+        I.read_recipe(tmp_path / "b.png")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        I.read_recipe(tmp_path / "c.png")
+
+
+# ------------------------------------------------------------------------------------------------------ tensors and tiles
+
+
+def test_all_8_bit_values_survive_the_tensor():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(np.stack([values, values[::-1], values.T], -1))
+    (back,) = I.to_pil(I.to_tensor([image]))
+    assert np.array_equal(np.asarray(back), np.asarray(image))
+
+
+def test_tensors_are_clamped_and_rounded():
+    image = torch.tensor([-2.0, -1.0, -1 + 0.4 / 127.5, -1 + 0.6 / 127.5, 1.0, 7.0]).expand(1, 3, 1, 6)
+    assert np.asarray(I.to_pil(image)[0])[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def solid(*colours):
+    return [Image.new("RGB", (8, 6), colour) for colour in colours]
+
+
+def test_tiles_stand_in_rows_on_white():
+    sheet = np.asarray(I.tile(solid("red", "lime", "blue"), columns=2))
+    assert sheet.shape == (12, 16, 3)
+    corners = [sheet[0, 0], sheet[0, 15], sheet[11, 0], sheet[11, 15]]
+    assert [c.tolist() for c in corners] == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+    assert I.tile(solid(*["red"] * 5)).size == (24, 12)
+
+
+def test_labels_stand_under_their_picture_and_fit():
+    black = [Image.new("RGB", (100, 80), "white")] * 2
+    sheet = np.asarray(I.tile(black, labels=["i", "a label that is much too long for its picture"], columns=2))
+    ink = (sheet < 128).all(-1)
+    assert not ink[:80].any()
+    assert ink[80:, 40:60].any()
+    assert not ink[:, :40].any()  # a short label is centred
+    assert ink[:, 100:].any()
+    assert not ink[:, 99:101].any()  # a long one stays in its column
+
+
+@pytest.mark.parametrize("bad", [{"columns": 0}, {"labels": ["a"]}])
+def test_bad_tiles(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        I.tile(solid("red", "lime"), **bad)
+    with pytest.raises(ValueError, match="images"):
+        I.tile([])
+
+
+def test_images_save_slice_and_show(tmp_path):
+    images = I.Images(solid("red", "lime", "blue"))
+    for k, image in enumerate(images):
+        image.info["parameters"] = I.write_parameters({"prompt": "A Cat/../x", "steps": 1, "sampler": "s", "seed": k // 2})
+    assert [p.name for p in images.save(tmp_path / "new" / "cat.png")] == ["cat-1.png", "cat-2.png", "cat-3.png"]
+    assert images[:1].save(tmp_path / "one.webp") == [tmp_path / "one.webp"]
+    assert [p.name for p in images.save(f"{tmp_path}/out/")] == ["a-cat-x-0.png", "a-cat-x-0-2.png", "a-cat-x-1.png"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a-cat-x-0.png", "a-cat-x-0-2.png", "a-cat-x-1.png"}
+    assert I.read_recipe(tmp_path / "new" / "cat-3.png")["seed"] == 1
+    assert Image.open(io.BytesIO(images._repr_png_())).size == (16, 12)
+    assert Image.open(io.BytesIO(images[:1]._repr_png_())).size == (8, 6)
+    assert I.Images()._repr_png_() is None
+    for name in ("cat", "cat.gif", "cat.png.exe"):
+        with pytest.raises(ValueError, match="path must end in"):
+            images.save(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures of a user
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def pixel(image, x=0, y=0):
+    return image.getpixel((x, y))
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (8, 16), "white")
+    image.paste("red", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    opened = I.open_picture(saved(tmp_path / "a.png", image, exif=exif))
+    assert opened.size == (16, 8)
+    assert pixel(opened, 15, 4) == (255, 0, 0)
+    assert pixel(opened, 0, 4) == (255, 255, 255)
+
+
+def test_cmyk(tmp_path):
+    opened = I.open_picture(saved(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=100))
+    assert opened.mode == "RGB"
+    assert all(abs(a - b) <= 3 for a, b in zip(pixel(opened), (255, 0, 0), strict=True))
+
+
+def test_16_bit_grey_keeps_its_range(tmp_path):
+    grey = np.array([[0, 257 * 128, 65535]], dtype=np.uint16)
+    opened = I.open_picture(saved(tmp_path / "a.png", Image.fromarray(grey)))
+    assert np.asarray(opened)[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+    assert np.asarray(I.open_picture(tmp_path / "a.png", "L"))[0].tolist() == [0, 128, 255]
+
+
+def test_palette_with_alpha_lies_on_white(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putpixel((1, 0), 1)
+    opened = I.open_picture(saved(tmp_path / "a.png", image, transparency=0))
+    assert [pixel(opened), pixel(opened, 1)] == [(255, 255, 255), (0, 255, 0)]
+
+
+@pytest.mark.parametrize(("mode", "colour", "rgb"), [("1", 1, (255,) * 3), ("L", 7, (7,) * 3), ("LA", (0, 128), (127,) * 3), ("RGBA", (255, 0, 0, 0), (255,) * 3)])  # fmt: skip
+def test_other_modes(tmp_path, mode, colour, rgb):
+    opened = I.open_picture(saved(tmp_path / "a.png", Image.new(mode, (4, 4), colour)))
+    assert opened.mode == "RGB"
+    assert pixel(opened) == rgb
+
+
+def test_a_pil_picture_is_taken_as_well():
+    assert pixel(I.open_picture(Image.new("LA", (2, 2), (0, 0)), "L")) == 255
+
+
+def png(width, height, *chunks):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(chunk(*c) for c in chunks)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [60_000, 10_000, math.isqrt(I.MAX_PIXELS) + 1])
+def test_bombs_are_refused_before_decoding(tmp_path, side, monkeypatch):
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decoded"))
+    (tmp_path / "a.png").write_bytes(png(side, side))
+    with pytest.raises(ValueError, match="pixels"):
+        I.open_picture(tmp_path / "a.png")
+
+
+def test_text_bombs_are_refused(tmp_path):
+    text = b"parameters\0\0" + zlib.compress(b"x" * (80 << 20))
+    (tmp_path / "a.png").write_bytes(png(8, 8, (b"zTXt", text)))
+    for read in (I.open_picture, I.read_recipe):
+        with pytest.raises(ValueError, match="too large"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PPM", "ICO", "EPS"])
+def test_other_formats_are_refused(tmp_path, kind):
+    path = saved(tmp_path / "a.png", Image.new("RGB", (32, 32)), format=kind)
+    with pytest.raises(ValueError, match="formats PNG, JPEG, WEBP, BMP"):
+        I.open_picture(path)
+
+
+def test_animations_and_damaged_files_are_refused(tmp_path):
+    frames = solid("red", "lime")
+    path = saved(tmp_path / "a.webp", frames[0], save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="animation"):
+        I.open_picture(path)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = saved(tmp_path / "b.png", noise).read_bytes()
+    for n in (0, 10, 40, len(whole) // 2):
+        (tmp_path / "b.png").write_bytes(whole[:n])
+        with pytest.raises(ValueError, match="b.png"):
+            I.open_picture(tmp_path / "b.png")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        I.open_picture(tmp_path / "c.png")
