@@ -4,7 +4,7 @@ Nothing that stands in a folder is imported or executed: class names are compare
 `custom_pipeline` and whatever else is not read. What a file asks for and our networks do not have is an error that names it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,6 +289,53 @@ def _distilled(name: str, sampling: SamplingSpec, schedule: ScheduleSpec, predic
         sampler, steps = DISTILLED[name]
         return replace(sampling, sampler=sampler, steps=steps, guidance=1.0)
     return sampling
+
+
+def assemble(*, unet: Config, vae: Config, scheduler: Config | None, towers: Sequence[TowerSpec], index: Json) -> ModelSpec:
+    """A model's spec from the files of its parts.
+
+    What no file says follows from the U-Net: one with an added vector is an SDXL, takes its towers' penultimate layers without the
+    final norm, and the last tower's pooled text.
+    """
+    u, v = read_unet(unet), read_vae(vae)
+    schedule, sampling, prediction = read_schedule(scheduler) if scheduler else (ScheduleSpec(), SamplingSpec(), "eps")
+    layout = "none"
+    if u.vector_dim is not None:
+        towers = [replace(t, layer=-2, final_norm=False, pooled=t is towers[-1]) for t in towers]
+        layout = _vector_layout(unet, u.vector_dim, towers[-1].projection or 0)
+    elif isinstance(v, VAEConfig):
+        v = replace(v, force_upcast=False)  # files say true by default; only SDXL's overflows in float16
+    levels = len(v.block_out_channels if isinstance(v, VAEConfig) else v.encoder_blocks)
+    spec = ModelSpec(
+        name="custom",
+        unet=u,
+        vae=v,
+        towers=tuple(replace(t, projection=t.projection if t.pooled else None) for t in towers),
+        schedule=schedule,
+        sampling=sampling,
+        prediction=prediction,  # type: ignore[arg-type]
+        size=u.sample_size * 2 ** (levels - 1),
+        vector=layout,  # type: ignore[arg-type]
+        zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", layout == "size")),
+    )
+    widths = sum(t.width for t in spec.towers)
+    if widths != u.context_dim:
+        raise CheckpointError(
+            f"{unet.path}: cross_attention_dim is {u.context_dim}, but the text towers are {widths} wide together"
+        )
+    _built(unet, lambda: spec.task)  # a U-Net input that means nothing is an error now, with the file's name
+    return replace(spec, name=family_name(spec))
+
+
+def _vector_layout(config: Config, vector: int, pooled: int) -> str:
+    """Six numbers of 256 sinusoids each beside the pooled text are sizes and crops, five end in the aesthetic score."""
+    layouts = {pooled + 6 * 256: "size", pooled + 5 * 256: "aesthetic"}
+    if vector not in layouts:
+        raise CheckpointError(
+            f"{config.path}: projection_class_embeddings_input_dim is {vector}; with {pooled} of pooled text it must be "
+            f"{' or '.join(map(str, layouts))}"
+        )
+    return layouts[vector]
 
 
 def family_name(spec: ModelSpec) -> str:

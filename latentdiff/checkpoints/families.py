@@ -12,6 +12,7 @@ from typing import Literal
 from latentdiff.models.text import TowerSpec
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
+from latentdiff.models.vae_tiny import TinyVAEConfig
 
 Prediction = Literal["eps", "v", "x0"]
 
@@ -50,7 +51,7 @@ class ModelSpec:
 
     name: str
     unet: UNetConfig
-    vae: VAEConfig
+    vae: VAEConfig | TinyVAEConfig
     towers: tuple[TowerSpec, ...]
     schedule: ScheduleSpec = ScheduleSpec()
     sampling: SamplingSpec = SamplingSpec()

@@ -6,6 +6,7 @@ header is small, so it is checked here, and each fault says what was expected, w
 
 import json
 import os
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -253,6 +254,23 @@ def replacing(path: Path):
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: Path):
+    """A new folder beside `path` that takes its place once it is whole; only another model folder is ever replaced."""
+    if path.exists() and not (path.is_dir() and ((path / "model_index.json").is_file() or not any(path.iterdir()))):
+        raise FileExistsError(f"{path}: exists and is no model folder (model_index.json); it is not replaced")
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors one after the other, so that none is in memory twice; wide types first, which keeps all aligned."""
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
@@ -267,7 +285,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with replacing(path) as part, part.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            f.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            f.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,13 +15,15 @@ In a rule, {b} is a block (level), {l} a layer in it, and the other braces are c
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from latentdiff.checkpoints.families import ModelSpec
+from latentdiff.checkpoints.files import TensorFile, some_names
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
 
@@ -39,6 +41,7 @@ RES_BLOCK: tuple[Rule, ...] = (
     ("conv2", "out_layers.3"),
     ("conv_shortcut", "skip_connection"),
 )
+VAE_RES_BLOCK: tuple[Rule, ...] = (("conv_shortcut", "nin_shortcut"),)
 UNET: tuple[Rule, ...] = (
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
@@ -90,9 +93,6 @@ OPEN_CLIP: tuple[Rule, ...] = (
 )
 TRANSFORMERS: tuple[Rule, ...] = (("text_model", "text_model"),)  # SD 1.x and CLIP-L are stored under transformers' names
 
-# Inside a res block the U-Net's and the VAE's names differ; a VAE's are ours but for one. Transformer blocks agree.
-INNER: Mapping[str, tuple[Rule, ...]] = {"unet": RES_BLOCK, "vae": (("conv_shortcut", "nin_shortcut"),)}
-
 # Where the parts lie in a file: (prefix of the text towers and their names, first tower first).
 TextLayout = tuple[tuple[str, tuple[Rule, ...]], ...]
 UNET_PREFIX, VAE_PREFIX, EMA_PREFIX = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -114,19 +114,23 @@ IGNORABLE: tuple[str, ...] = (
     r"cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\..*)",  # SD 2.x takes the layer before it
     r"conditioner\.embedders\.\d\.model\.(visual\..*|attn_mask)",
     r"(first_stage_model\.)?(loss|model_ema)\..*",
+    r"denoiser\.sigmas|scale_factor|embedding_manager\..*",
     r"cond_stage_model\.transformer\.(vision_model|visual_projection|text_projection)(\..*)?",
     r"conditioner\.embedders\.0\.transformer\.text_projection\.weight",
 )
 
 # Older spellings, mended before anything else looks at the names.
-SYNONYMS: Mapping[str, str] = {  # in single files
+SINGLE_SYNONYMS: Mapping[str, str] = {
     r"^(cond_stage_model\.transformer)\.(embeddings|encoder|final_layer_norm)\.": r"\1.text_model.\2.",
 }
-FOLDER_SYNONYMS: Mapping[str, str] = {  # in folders: the VAE's attention before 2023
+VAE_SYNONYMS: Mapping[str, str] = {  # folders: the attention before 2023
     r"(mid_block\.attentions\.0)\.query\.": r"\1.to_q.",
     r"(mid_block\.attentions\.0)\.key\.": r"\1.to_k.",
     r"(mid_block\.attentions\.0)\.value\.": r"\1.to_v.",
     r"(mid_block\.attentions\.0)\.proj_attn\.": r"\1.to_out.0.",
+}
+TEXT_SYNONYMS: Mapping[str, str] = {  # folders: newer transformers leave the prefix out
+    r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1.",
 }
 
 
@@ -146,6 +150,16 @@ class Source:
             return t.chunk(3)[int(self.op[0])]
         return t
 
+    def shapes(self, ours: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The shapes that the file's tensor may have, for a tensor of ours."""
+        if self.op == "conv" and len(ours) == 2:
+            return (*ours, 1, 1), ours
+        if self.op == "T":
+            return (ours[::-1],)
+        if self.op.endswith("/3"):
+            return ((3 * ours[0], *ours[1:]),)
+        return (ours,)
+
     def original(self, parts: list[Tensor]) -> Tensor:
         """The file's tensor, from those of ours that lie in it."""
         if self.op == "conv":
@@ -155,29 +169,37 @@ class Source:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def unet_source(name: str, config: UNetConfig) -> Source:
-    return _source(name, UNET, INNER["unet"], n=config.layers_per_block, levels=config.attention)
+def unet_sources(names: Iterable[str], config: UNetConfig, prefix: str = UNET_PREFIX) -> dict[str, Source]:
+    """Our names of a U-Net -> where they lie in an original file."""
+    return _sources(names, prefix, UNET, inner=RES_BLOCK, n=config.layers_per_block, levels=config.attention)
 
 
-def vae_source(name: str, config: VAEConfig) -> Source:
-    return _source(name, VAE, INNER["vae"], n=config.layers_per_block, levels=config.block_out_channels)
+def vae_sources(names: Iterable[str], config: VAEConfig, prefix: str = VAE_PREFIX) -> dict[str, Source]:
+    return _sources(names, prefix, VAE, inner=VAE_RES_BLOCK, n=config.layers_per_block, levels=config.block_out_channels)
 
 
-def text_source(name: str, rules: tuple[Rule, ...]) -> Source:
-    return _source(name, rules)
+def text_sources(names: Iterable[str], prefix: str, rules: tuple[Rule, ...]) -> dict[str, Source]:
+    return _sources(names, prefix, rules)
 
 
-def _source(name: str, rules: tuple[Rule, ...], inner: tuple[Rule, ...] = (), *, n: int = 0, levels: tuple = ()) -> Source:
+def _sources(
+    names: Iterable[str], prefix: str, rules: tuple[Rule, ...], *, inner: tuple[Rule, ...] = (), n: int = 0, levels: tuple = ()
+) -> dict[str, Source]:
+    found = {name: _source(name, rules, inner, n, levels) for name in names}
+    if unknown := [name for name, source in found.items() if source is None]:
+        raise ValueError(f"the original single-file layout has no names for {some_names(unknown)}; save a folder instead")
+    return {name: Source(prefix + source.name, source.op) for name, source in found.items() if source is not None}
+
+
+def _source(name: str, rules: tuple[Rule, ...], inner: tuple[Rule, ...], n: int, levels: tuple) -> Source | None:
     """The first rule that fits the start of the name gives the place; a second look renames what a res block holds."""
     for rule in rules:
         pattern, template, op = rule if len(rule) == 3 else (*rule, "")
         if match := _pattern(pattern).match(name):
             place = template.format(**match.groupdict(), **numbers(match.groupdict(), n, levels))
             rest = name[match.end() :]
-            if "resnets" in pattern:
-                rest = _rename(rest, inner)
-            return Source(place + rest, op)
-    raise KeyError(name)
+            return Source(place + (_rename(rest, inner) if "resnets" in pattern else rest), op)
+    return None
 
 
 @cache
@@ -212,27 +234,28 @@ def _rename(rest: str, rules: tuple[Rule, ...]) -> str:
     return rest
 
 
-def sources(names: Iterable[str], find) -> dict[str, Source]:
-    """Our names -> where they lie, for all of a model's names."""
-    found, unknown = {}, []
-    for name in names:
-        try:
-            found[name] = find(name)
-        except KeyError:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(f"the original layout has no names for {', '.join(unknown)}; save a folder instead")
-    return found
+def text_layout(spec: ModelSpec) -> str:
+    """Which of TEXT_LAYOUTS a model is stored in: SDXL's two are told by their vectors, 2.x by its linear projections."""
+    if spec.vector != "none":
+        return "refiner" if spec.vector == "aesthetic" else "sdxl"
+    return "sd2" if spec.unet.linear_projection else "sd1"
 
 
 def ignorable(name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in IGNORABLE)
 
 
-def mended(name: str, synonyms: Mapping[str, str]) -> str:
-    for old, new in synonyms.items():
-        name = re.sub(old, new, name)
-    return name
+def mended(file: TensorFile, synonyms: Mapping[str, str]) -> TensorFile:
+    """The same file under today's names."""
+
+    def mend(name: str) -> str:
+        for old, new in synonyms.items():
+            name = re.sub(old, new, name)
+        return name
+
+    there = {mend(name): name for name in file.entries}
+    entries = {name: file.entries[old] for name, old in there.items()}
+    return replace(file, entries=entries, get=lambda name: file.get(there[name]))
 
 
 def ema_name(name: str) -> str:

@@ -1,0 +1,59 @@
+"""Models by their hub id, through huggingface_hub: its cache, its offline variables, its tokens."""
+
+import re
+from pathlib import Path
+
+from latentdiff.checkpoints.files import CheckpointError
+
+ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DATA = re.compile(
+    r"([\w-]+/)?(model_index|config|[\w-]+_config|special_tokens_map|vocab|tokenizer|added_tokens)\.json|[\w-]+/merges\.txt"
+)
+WEIGHTS = re.compile(
+    r"([\w-]+/)?(diffusion_pytorch_model|model)(?P<variant>\.[\w-]+?)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
+)
+UNUSED = ("safety_checker/", "feature_extractor/", "image_encoder/")
+
+
+def is_id(text: str) -> bool:
+    return bool(ID.fullmatch(text)) and not text.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+
+
+def fetch(repo: str, *, variant: str | None = None, revision: str | None = None) -> Path:
+    """The folder of a hub id in huggingface_hub's cache; only the files that are needed are downloaded.
+
+    With HF_HUB_OFFLINE, or where the hub cannot be reached, what the cache holds is used.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        try:
+            files = HfApi().list_repo_files(repo, revision=revision)
+        except (OfflineModeIsEnabled, ConnectionError, OSError) as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=needed(files, variant)))
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"{repo}: not in the cache of huggingface_hub, and the hub is off or out of reach (HF_HUB_OFFLINE?); "
+            "a model on this machine is named by its path"
+        ) from None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{repo}: the hub says: {str(error).strip().splitlines()[-1]}") from None
+
+
+def needed(files: list[str], variant: str | None) -> list[str]:
+    """Of a repository's files those that a load reads: configurations, and one precision of each part's weights."""
+    files = [f for f in files if not f.startswith(UNUSED)]
+    chosen = [f for f in files if DATA.fullmatch(f)]
+    weights: dict[str, dict[str, list[str]]] = {}
+    for file in files:
+        if match := WEIGHTS.fullmatch(file):
+            index_variant = re.search(r"\.index\.(\w+)\.json$", file)
+            name = match["variant"] or (f".{index_variant[1]}" if index_variant else "")
+            weights.setdefault(file.rpartition("/")[0], {}).setdefault(name, []).append(file)
+    for variants in weights.values():
+        chosen += variants.get(f".{variant}") or variants.get("") or variants[min(variants)]
+    return chosen

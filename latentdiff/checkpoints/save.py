@@ -1,0 +1,148 @@
+"""A model to a folder or to a single file, whole or not at all, so that the programs of the field open it."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.checkpoints import configs, keymap, tokenizer
+from latentdiff.checkpoints.families import FAMILIES, ModelSpec, Prediction
+from latentdiff.checkpoints.files import replacing_folder, write_json, write_safetensors
+from latentdiff.checkpoints.io import Parts, load_parts, single_sources
+from latentdiff.checkpoints.keymap import Source
+from latentdiff.models.vae_tiny import TinyVAEConfig
+
+# ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec), the metadata of single files that the field reads.
+ARCHITECTURES: Mapping[str, str] = {
+    "sd15": "stable-diffusion-v1",
+    "sd15-inpaint": "stable-diffusion-v1/inpainting",
+    "instruct-pix2pix": "stable-diffusion-v1/instruct-pix2pix",
+    "sd21": "stable-diffusion-v2-768-v",
+    "sd21-base": "stable-diffusion-v2-512",
+    "sd2-inpaint": "stable-diffusion-v2-512/inpainting",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-inpaint": "stable-diffusion-xl-v1-base/inpainting",
+    "sdxl-instruct": "stable-diffusion-xl-v1-base/instruct-pix2pix",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+}
+PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}
+
+
+def save_folder(parts: Parts, path: str | os.PathLike) -> None:
+    """Write a model folder (diffusers layout); an older model folder of that name is replaced once the new one is whole.
+
+    Errors: FileExistsError if `path` is anything else than a model folder.
+    """
+    spec = parts.spec
+    with replacing_folder(Path(path)) as folder:
+        write_json(folder / "model_index.json", configs.index_json(spec))
+        write_json(folder / "scheduler" / "scheduler_config.json", configs.scheduler_json(spec))
+        _write_part(folder / "unet", "diffusion_pytorch_model", configs.unet_json(spec.unet), parts.unet)
+        _write_part(folder / "vae", "diffusion_pytorch_model", configs.vae_json(spec.vae), parts.vae)
+        names = ["_2"] if spec.vector == "aesthetic" else ["", "_2"]  # the refiner's only tower is called the second
+        for name, tower, module, words in zip(names, spec.towers, parts.text_encoders, parts.tokenizers, strict=False):
+            _write_part(folder / f"text_encoder{name}", "model", configs.tower_json(tower), module)
+            tokenizer.write(folder / f"tokenizer{name}", words, tower.pad)
+        if parts.clip is not None:
+            shutil.copytree(parts.clip, folder / "clip")
+
+
+def _write_part(folder: Path, stem: str, config: Mapping, module: nn.Module) -> None:
+    write_json(folder / "config.json", config)
+    write_safetensors(folder / f"{stem}.safetensors", module.state_dict())
+
+
+def save_single(parts: Parts, path: str | os.PathLike) -> None:
+    """Write one `.safetensors` file in the original naming, with ModelSpec metadata.
+
+    A model of no family, or with a tokenizer of its own, gets its configurations and vocabulary into the metadata too.
+    Errors: ValueError for a tiny autoencoder, or anything else that the original layout has no names for.
+    """
+    if isinstance(parts.spec.vae, TinyVAEConfig):
+        raise ValueError("a tiny autoencoder has no names in the single-file layout; save a folder, or load the model's own VAE")
+    write_safetensors(Path(path), single_tensors(parts), metadata(parts))
+
+
+def single_tensors(parts: Parts) -> dict[str, Tensor]:
+    """All of a model's tensors under their original names."""
+    modules: dict[str, nn.Module] = {"unet": parts.unet, "vae": parts.vae}
+    modules |= {f"text {i}": tower for i, tower in enumerate(parts.text_encoders)}
+    tensors: dict[str, Tensor] = {}
+    for part, sources in single_sources(parts.spec, keymap.text_layout(parts.spec)).items():
+        tensors |= original_tensors(modules[part].state_dict(), sources)
+    markers = {"v_pred": parts.spec.prediction == "v", "ztsnr": parts.spec.schedule.zero_snr}
+    xl = parts.spec.vector != "none"
+    return tensors | {name: torch.ones(1) for name, there in markers.items() if there and xl}
+
+
+def original_tensors(state: Mapping[str, Tensor], sources: Mapping[str, Source]) -> dict[str, Tensor]:
+    shared: dict[str, list[tuple[Source, Tensor]]] = {}
+    for name, source in sources.items():
+        shared.setdefault(source.name, []).append((source, state[name]))
+    return {name: _joined(found) for name, found in shared.items()}
+
+
+def _joined(found: list[tuple[Source, Tensor]]) -> Tensor:
+    found = sorted(found, key=lambda pair: pair[0].op)  # thirds in their order
+    return found[0][0].original([tensor for _, tensor in found])
+
+
+def metadata(parts: Parts) -> dict[str, str]:
+    spec = parts.spec
+    xl = spec.vector != "none"
+    said = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURES.get(spec.name, "stable-diffusion-v1/custom"),
+        "modelspec.implementation": f"https://github.com/{'Stability-AI/generative-models' if xl else 'CompVis/stable-diffusion'}",
+        "modelspec.title": parts.title,
+        "modelspec.resolution": f"{spec.size}x{spec.size}",
+        "modelspec.prediction_type": PREDICTIONS[spec.prediction],
+    }
+    standard = all(tokenizer.is_standard(t) for t in parts.tokenizers)
+    if not (standard and follows_from_names(spec)):
+        own = {
+            "unet": configs.unet_json(spec.unet),
+            "vae": configs.vae_json(spec.vae),
+            "text": [configs.tower_json(t) for t in spec.towers],
+            "scheduler": configs.scheduler_json(spec),
+            "index": configs.index_json(spec),
+            "tokenizer": None if standard else tokenizer.as_data(parts.tokenizers[0]),
+        }
+        said["latentdiff"] = json.dumps(own, separators=(",", ":"))
+    return said
+
+
+def follows_from_names(spec: ModelSpec) -> bool:
+    """Whether a reader who sees names, shapes and markers finds this spec again."""
+    family = FAMILIES.get(spec.name)
+    if family is None:
+        return False
+    zero_snr = replace(family.schedule, zero_snr=spec.schedule.zero_snr) if spec.vector != "none" else family.schedule
+    return spec == replace(family, prediction=spec.prediction, schedule=zero_snr)
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    ema: bool = False,
+    prediction: Prediction | None = None,
+    allow_pickle: bool = False,
+    variant: str | None = None,
+) -> None:
+    """Load a model and save it: as one file if `target` ends in `.safetensors`, else as a folder.
+
+    dtype: of the written weights; None keeps them. ema: take the U-Net's moving average. The others as in `load_parts`.
+    """
+    target = Path(target)
+    if target.suffix in (".ckpt", ".pt", ".bin"):
+        raise ValueError(f"target {target}: models are written as a .safetensors file or as a folder, not as a pickle")
+    parts = load_parts(source, dtype=dtype, ema=ema, prediction=prediction, allow_pickle=allow_pickle, variant=variant)
+    save = save_single if target.suffix == ".safetensors" else save_folder
+    save(parts, target)
