@@ -94,10 +94,10 @@ def _load_folder(folder: Path, prediction: Prediction | None, vae: Path | None, 
     spec, tokenizers = read_folder(folder)
     spec = replace(spec, prediction=prediction or spec.prediction)
     towers = [
-        _from_folder(on_meta(TextTower, tower), folder / name, options, f"text tower {name}", keymap.TEXT_SYNONYMS)
+        from_folder(on_meta(TextTower, tower), folder / name, options, f"text tower {name}", keymap.TEXT_SYNONYMS)
         for name, tower in zip(tower_folders(folder), spec.towers, strict=True)
     ]
-    unet = _from_folder(on_meta(UNet, spec.unet), folder / "unet", options, "U-Net")
+    unet = from_folder(on_meta(UNet, spec.unet), folder / "unet", options, "U-Net")
     autoencoder = load_vae(vae or folder / "vae", spec, options)
     return Parts(
         spec=replace(spec, vae=autoencoder.config),
@@ -141,7 +141,7 @@ def tower_folders(folder: Path) -> list[str]:
     return [name for name in ("text_encoder", "text_encoder_2") if (folder / name / "config.json").is_file()]
 
 
-def _from_folder(module: M, folder: Path, options: Options, what: str, synonyms: Mapping[str, str] | None = None) -> M:
+def from_folder(module: M, folder: Path, options: Options, what: str, synonyms: Mapping[str, str] | None = None) -> M:
     file = keymap.mended(open_part(folder, options), synonyms or {})
     sources = {name: Source(name) for name in module.state_dict()}
     check_leftovers(file, sources.values(), what)
@@ -244,7 +244,7 @@ def load_vae(path: Path, spec: ModelSpec, options: Options) -> VAE | TinyVAE:
             config = replace(config, force_upcast=False)  # files say true by default; only SDXL's overflows in float16
         module: Any = on_meta(TinyVAE, config) if isinstance(config, TinyVAEConfig) else on_meta(VAE, config)
         _check_latents(folder, module.config, spec)
-        return _from_folder(module, folder, options, "VAE", keymap.VAE_SYNONYMS)
+        return from_folder(module, folder, options, "VAE", keymap.VAE_SYNONYMS)
     file = open_single(path, options.allow_pickle)
     config = spec.vae if isinstance(spec.vae, VAEConfig) else VAEConfig()
     module = on_meta(VAE, config)

@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ class PictureSource(Protocol):
 # ------------------------------------------------------------------------------------------------ files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-MAX_PIXELS = 100_000_000  # a picture that claims more is refused before it is decoded
+MAX_PIXELS = 80_000_000  # a picture that claims more is refused before it is decoded
 Read = Callable[[Any], bytes]
 
 
@@ -64,10 +65,12 @@ class FileSource:
     @classmethod
     def tar(cls, path: str | Path, size: int, *, max_bad: float = 0.05) -> "FileSource":
         """A WebDataset: an uncompressed tar. Its table of contents is read once, its files where they lie."""
-        with tarfile.open(path, "r:") as tar:
-            files = {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
-        file = os.open(path, os.O_RDONLY)  # pread leaves no file position, so threads and workers may share it
-        return cls(_pairs(files), lambda place: os.pread(file, place[1], place[0]), size, where=str(path), max_bad=max_bad)
+        try:
+            with tarfile.open(path, "r:") as tar:
+                files = {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} is no uncompressed tar: {error}") from error
+        return cls(_pairs(files), partial(_read_part, path), size, where=str(path), max_bad=max_bad)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -94,6 +97,12 @@ class FileSource:
             raise ValueError(
                 f"{len(self.bad)} of {len(self)} pictures in {self.where} are bad, max_bad is {self.max_bad}: {reasons}"
             )
+
+
+def _read_part(path: str | Path, place: tuple[int, int]) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(place[0])
+        return file.read(place[1])
 
 
 def _pairs(files: dict[str, Any]) -> list[tuple[str, Any, str, Any]]:
@@ -132,11 +141,13 @@ def open_picture(content: bytes, size: int) -> np.ndarray:
         return np.asarray(ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
 
 
-def open_source(path: str | Path, size: int, *, max_bad: float = 0.05) -> PictureSource:
-    """What lies at `path`: a built data set of drawings, a WebDataset tar, or a folder of captioned pictures."""
+def open_source(
+    path: str | Path, size: int, *, compose: ComposeConfig | None = None, max_bad: float = 0.05
+) -> DrawingSource | FileSource:
+    """What lies at `path`: built drawings (`compose` says how), a WebDataset tar, or a folder of captioned pictures."""
     path = Path(path)
     if (path / "index.json").is_file() and (path / "drawings.npy").is_file():
-        return DrawingSource(Drawings(path), ComposeConfig(), size)
+        return DrawingSource(Drawings(path), compose or ComposeConfig(), size)
     if path.suffix == ".tar":
         return FileSource.tar(path, size, max_bad=max_bad)
     return FileSource.folder(path, size, max_bad=max_bad)
@@ -180,7 +191,7 @@ def batches(
     return iter(
         DataLoader(
             _Positions(source, seed),
-            batch_sampler=(range(p, p + batch_size) for p in count((start * world + rank) * batch_size, world * batch_size)),
+            batch_sampler=(list(range(p, p + batch_size)) for p in count((start * world + rank) * batch_size, world * batch_size)),
             num_workers=workers,
             collate_fn=_collate,
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's own generator

@@ -62,8 +62,9 @@ class Drawings:
     A drawing is held out if its name's hash falls in the lowest 3 % and another hand has drawn its idea in the training part.
     """
 
-    def __init__(self, path: str | Path, *, held_out: float = 0.03) -> None:
+    def __init__(self, path: str | Path, held_out: float = 0.03) -> None:
         path = Path(path)
+        self._made_from = (path, held_out)
         if not (path / "index.json").is_file():
             raise FileNotFoundError(f"{path} holds no drawings (no index.json): build them with scripts/build_dataset.py")
         index = json.loads((path / "index.json").read_text(encoding="utf-8"))
@@ -74,13 +75,16 @@ class Drawings:
         if len(self.pixels) != len(self.records):
             raise ValueError(f"{path} is damaged: {len(self.pixels)} pictures, {len(self.records)} records; build it again")
         self.held_out = self._split(held_out)
-        kept = set(range(len(self.records))) - set(self.held_out)
-        self.train = sorted(kept)
+        self.train = sorted(set(range(len(self.records))) - set(self.held_out))
         self.hands: dict[str, list[int]] = {name: [] for name in self.words}  # concept -> its training drawings
         for i in self.train:
             self.hands[self.records[i]["concept"]].append(i)
         self.concepts = [name for name, hands in self.hands.items() if hands]
         self.everyday = [name for name in self.concepts if self.words[name]["everyday"]] or self.concepts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process maps the file itself: pickled, the pictures would be copied."""
+        return type(self), self._made_from
 
     def _split(self, share: float) -> list[int]:
         low = [_fraction(f"{r['package']}:{r['name']}") < share for r in self.records]
@@ -110,7 +114,7 @@ class Picture(NamedTuple):
 class _Part(NamedTuple):
     """A drawing in a picture: its words, and the colour it is painted in."""
 
-    index: int
+    drawing: int
     phrase: str
     plural: str | None
     paint: str | None
@@ -162,31 +166,33 @@ class DrawingSource:
         same = [i for i in hands if self.drawings.records[i]["style"] == style]
         return _pick(rng, same or hands)
 
-    def _part(self, rng: Rng, index: int) -> _Part:
-        record = self.drawings.records[index]
+    def _part(self, rng: Rng, drawing: int) -> _Part:
+        """The drawing with words for it, painted in another colour and mirrored as the chances have it."""
+        record = self.drawings.records[drawing]
         words = self.drawings.words[record["concept"]]
         mirror = words["mirror"] and rng.random() < self.config.mirror
         if words["recolour"] and _paintable(record) and rng.random() < self.config.recolour:
             paint = _pick(rng, list(PAINTS))
             noun, plural = words["recolour"]["noun"], words["recolour"]["plural"]
             phrase = f"{paint} {noun}" if words["recolour"]["is_plural"] else f"{_article(paint)} {paint} {noun}"
-            return _Part(index, phrase, plural and f"{paint} {plural}", paint, mirror)
+            return _Part(drawing, phrase, plural and f"{paint} {plural}", paint, mirror)
         phrases = _phrases(self.drawings, record)
         weights = np.arange(len(phrases) + 1, 1, -1)  # the best words most often
         phrase, plural = phrases[rng.choice(len(phrases), p=weights / weights.sum())]
-        return _Part(index, phrase, plural, None, mirror)
+        return _Part(drawing, phrase, plural, None, mirror)
 
     def _partner(self, rng: Rng, parts: list[_Part]) -> _Part:
         """Another idea for the same picture, preferably by the same hand, and with other words."""
-        style = self.drawings.records[parts[0].index]["style"]
+        style = self.drawings.records[parts[0].drawing]["style"]
+        part = self._part(rng, self._everyday(rng, style))
         for _ in range(8):
-            part = self._part(rng, self._everyday(rng, style))
             if part.phrase not in [p.phrase for p in parts]:
                 break
+            part = self._part(rng, self._everyday(rng, style))
         return part
 
     def _single(self, rng: Rng, part: _Part) -> Picture:
-        c, record = self.config, self.drawings.records[part.index]
+        c, record = self.config, self.drawings.records[part.drawing]
         place = 0.5 + rng.uniform(-c.offset, c.offset, 2)
         phrase, kind = part.phrase, rng.random()
         if kind < 0.12:
@@ -223,11 +229,11 @@ class DrawingSource:
         canvas = np.empty((self.size, self.size, 3), np.uint8)
         canvas[:] = BACKGROUNDS[background]
         for part, (x, y, side) in zip(parts, places, strict=True):
-            pixels = self.drawings.pixels[part.index]
+            pixels = self.drawings.pixels[part.drawing]
             if part.paint:
-                pixels = _painted(pixels, self.drawings.records[part.index]["hue"], part.paint)
+                pixels = _painted(pixels, self.drawings.records[part.drawing]["hue"], part.paint)
             _paste(canvas, pixels[:, ::-1] if part.mirror else pixels, x, y, side)
-        return Picture(canvas, phrase + self._suffix(rng, parts, background), [part.index for part in parts])
+        return Picture(canvas, phrase + self._suffix(rng, parts, background), [part.drawing for part in parts])
 
     def _background(self, rng: Rng, parts: list[_Part]) -> str:
         """A colour that sets the drawings off: white with the configured chance, where they can be seen on it."""
@@ -239,14 +245,14 @@ class DrawingSource:
 
     def _colour(self, part: _Part) -> tuple[int, int, int]:
         if part.paint is None:
-            return self.drawings.records[part.index]["mean"]
+            return self.drawings.records[part.drawing]["mean"]
         return BACKGROUNDS[part.paint]
 
     def _suffix(self, rng: Rng, parts: list[_Part], background: str) -> str:
         said = rng.random() < (0.12 if background == "white" else 0.75)
         text = f" on {_article(background)} {background} background" if said else ""
         if rng.random() < self.config.style:
-            text += f", {_pick(rng, self.drawings.styles[self.drawings.records[parts[0].index]['style']])}"
+            text += f", {_pick(rng, self.drawings.styles[self.drawings.records[parts[0].drawing]['style']])}"
         return text
 
 
@@ -293,7 +299,7 @@ def _paste(canvas: np.ndarray, rgba: np.ndarray, x: float, y: float, side: float
     """Draw premultiplied `rgba` with its middle at (x, y), `side` wide, all in picture sides; what sticks out is cut off."""
     size = len(canvas)
     n = max(1, round(side * size))
-    drawing = Image.frombuffer("RGBa", rgba.shape[1::-1], np.ascontiguousarray(rgba).data, "raw", "RGBa", 0, 1)
+    drawing = Image.frombuffer("RGBa", rgba.shape[1::-1], rgba.tobytes(), "raw", "RGBa", 0, 1)
     small = np.asarray(drawing.resize((n, n), Image.Resampling.HAMMING)).astype(np.uint16)
     left, top = round(x * size - n / 2), round(y * size - n / 2)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + n, size), min(top + n, size)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -174,6 +175,13 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return (float(value.detach()) if healthy else math.nan), metrics
+
+    def out_of_time(self, seconds: float) -> bool:
+        """Whether `max_minutes` are over by the main process's clock; asked every tenth step, so that all stop at the same one."""
+        if self.config.max_minutes is None or self.step % 10:
+            return False
+        over = torch.tensor([seconds > self.config.max_minutes * 60], device=self.accelerator.device)
+        return bool(broadcast(over).item())  # type: ignore[union-attr]
 
     def log(self, values: Mapping[str, float]) -> None:
         if not self.accelerator.is_main_process or (self.step % 10 and self.step != self.config.steps):

@@ -1,0 +1,177 @@
+"""Train a CLIP from scratch: two towers, one space (Radford et al. 2021, arXiv 2103.00020, section 2.3 and figure 3)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.checkpoints import configs, tokenizer
+from latentdiff.checkpoints.files import write_json, write_safetensors
+from latentdiff.models.text import Tokenizer, TowerSpec
+from latentdiff.training.data import batches, open_source
+from latentdiff.training.drawings import ComposeConfig
+from latentdiff.training.loop import LoopConfig, fit
+from latentdiff.training.vae import to_float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTraining(LoopConfig):
+    """`latentdiff train clip`."""
+
+    data: Path
+    """A built drawing dataset, a folder of captioned pictures, or a WebDataset tar."""
+    compose: ComposeConfig = field(default_factory=lambda: ComposeConfig(everyday=0.3))
+    """How drawings are composed (only for a drawing dataset)."""
+    size: int = 128
+    """Side of the pictures, in pixels."""
+    patch: int = 16
+    """Side of the image tower's patches, in pixels."""
+    width: int = 256
+    """Width of both towers, and of the space they share."""
+    text_layers: int = 3
+    """Blocks of the text tower."""
+    image_layers: int = 4
+    """Blocks of the image tower."""
+    heads: int = 4
+    """Attention heads of both towers."""
+    vocab: int = 3072
+    """Size of the vocabulary, which is learnt from the captions."""
+    length: int = 32
+    """Tokens the text tower reads at once, begin and end included."""
+    freeze_text: bool = False
+    """Train the image tower alone (Zhai et al., arXiv 2111.07991): for when a U-Net already listens to the text tower."""
+    start: Path | None = None
+    """Begin with the CLIP of this model folder instead of new weights."""
+
+
+class TwoTowers(nn.Module):
+    """Both towers as one forward, which is what a distributed trainer needs."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.clip(input_ids=ids, pixel_values=images)
+        return out.image_embeds, out.text_embeds, self.clip.logit_scale.exp()
+
+
+def learn_vocabulary(captions: Iterable[str], size: int, length: int) -> Tokenizer:
+    """CLIP's byte-pair encoding, learnt from captions: bytes, bytes that end a word, merged pairs, begin, end."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, trainers
+
+    letters = tokenizer._byte_letters()
+    plain = Tokenizer({c: i for i, c in enumerate([*letters, tokenizer.BEGIN, tokenizer.END])}, [])
+    learner = Backend(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer, learner.pre_tokenizer = plain.backend.normalizer, plain.backend.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 2, initial_alphabet=letters, end_of_word_suffix="</w>", limit_alphabet=256, show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(learner.to_str())["model"]["merges"]]
+    merges = merges[: size - 2 * len(letters) - 2]
+    tokens = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), tokenizer.BEGIN, tokenizer.END]
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, length=length)
+
+
+def token_ids(words: Tokenizer, captions: Iterable[str]) -> Tensor:
+    """int64 [b, length]: begin, tokens, end, and end again as padding; longer captions are cut (training only)."""
+    rows = [[words.begin_id, *words(c)[: words.length - 2], words.end_id] for c in captions]
+    return torch.tensor([row + [words.end_id] * (words.length - len(row)) for row in rows])
+
+
+def build_clip(config: CLIPTraining, words: Tokenizer) -> nn.Module:
+    """transformers' CLIPModel at the configured size, newly drawn."""
+    from transformers.models.clip.configuration_clip import CLIPConfig
+    from transformers.models.clip.modeling_clip import CLIPModel
+
+    shared = {
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_attention_heads": config.heads,
+        "projection_dim": config.width,
+        "hidden_act": "quick_gelu",
+    }
+    special = {"bos_token_id": words.begin_id, "eos_token_id": words.end_id, "pad_token_id": words.end_id}
+    text = {
+        **shared,
+        **special,
+        "num_hidden_layers": config.text_layers,
+        "vocab_size": len(words),
+        "max_position_embeddings": config.length,
+    }
+    vision = {**shared, "num_hidden_layers": config.image_layers, "image_size": config.size, "patch_size": config.patch}
+    torch.manual_seed(config.seed)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
+
+
+def train_clip(config: CLIPTraining) -> nn.Module:
+    """Train, resume or finish a CLIP; at the end `out/model` holds `text_encoder/`, `tokenizer/` and `clip/`."""
+    from open_clip.loss import ClipLoss
+
+    source = open_source(config.data, size=config.size, compose=config.compose)
+    words = _vocabulary(config, source)
+    clip = build_clip(config, words) if config.start is None else _load(config.start)
+    if config.freeze_text:
+        for part in (clip.text_model, clip.text_projection):  # type: ignore[union-attr]
+            part.requires_grad_(False)
+
+    def stream(start: int, rank: int, world: int) -> Iterator[Any]:
+        shared.rank, shared.world_size = rank, world
+        return batches(source, config.batch // world, seed=config.seed, start=start, rank=rank, world=world)
+
+    shared = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)
+
+    def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        device = next(model.parameters()).device
+        images, texts, scale = model(token_ids(words, batch[1]).to(device), to_float(batch[0]).to(device))
+        value = shared(images.float(), texts.float(), scale.float().clamp(max=100))
+        right = (images @ texts.T).argmax(1).cpu() == torch.arange(len(images))
+        return value, {"scale": scale.item(), "top1": right.float().mean().item()}
+
+    trained = fit(TwoTowers(clip), loss, stream, config, meta={"network": "clip", "sizes": clip.config.to_json_string()}).clip
+    save_clip(trained, words, config.out / "model")
+    return trained
+
+
+def _vocabulary(config: CLIPTraining, source: Any) -> Tokenizer:
+    """The vocabulary of an earlier start of this run, of `start`, or one learnt from 40,000 captions."""
+    for folder in (config.out / "tokenizer", *([config.start / "tokenizer"] if config.start else [])):
+        if folder.is_dir():
+            return tokenizer.read(folder)[0]
+    captions = Counter(source.get(i % len(source), 7 + i // len(source))[1] for i in range(40_000))
+    words = learn_vocabulary((c for c, n in captions.items() for _ in range(n)), config.vocab, config.length)
+    tokenizer.write(config.out / "tokenizer", words, words.end_id)
+    return words
+
+
+def save_clip(clip: Any, words: Tokenizer, folder: Path) -> None:
+    """Text tower and tokenizer in the folder layout; what they lack of a CLIPModel beside them in `clip/`."""
+    text = clip.config.text_config
+    spec = TowerSpec(
+        width=text.hidden_size, mlp=text.intermediate_size, layers=text.num_hidden_layers, heads=text.num_attention_heads,
+        activation=text.hidden_act, vocab=text.vocab_size, length=text.max_position_embeddings,
+        begin=words.begin_id, end=words.end_id, pad=words.end_id,
+    )  # fmt: skip
+    state = clip.state_dict()
+    for name, config, tensors in (
+        ("text_encoder", configs.tower_json(spec), {k: v for k, v in state.items() if k.startswith("text_model.")}),
+        ("clip", json.loads(clip.config.to_json_string()), {k: v for k, v in state.items() if not k.startswith("text_model.")}),
+    ):
+        write_json(folder / name / "config.json", config)
+        write_safetensors(folder / name / "model.safetensors", {k: v for k, v in tensors.items() if "position_ids" not in k})
+    tokenizer.write(folder / "tokenizer", words, words.end_id)
+
+
+def _load(folder: Path) -> Any:
+    from latentdiff.evaluation.clip_score import load_clip
+
+    return load_clip(folder)

@@ -1,0 +1,146 @@
+"""Train a KL autoencoder: pictures to latents and back (Rombach et al., arXiv 2112.10752, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentdiff.checkpoints import configs
+from latentdiff.checkpoints.files import write_json, write_safetensors
+from latentdiff.images import save_grid
+from latentdiff.models.initialise import init_for_training
+from latentdiff.models.vae import VAE, VAEConfig
+from latentdiff.training.data import batches, open_source
+from latentdiff.training.drawings import ComposeConfig
+from latentdiff.training.loop import LoopConfig, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETraining(LoopConfig):
+    """`latentdiff train vae`."""
+
+    data: Path
+    """A built drawing dataset, a folder of pictures, or a WebDataset tar."""
+    compose: ComposeConfig = field(default_factory=ComposeConfig)
+    """How drawings are composed (only for a drawing dataset)."""
+    size: int = 128
+    """Side of the pictures, in pixels."""
+    crop: int | None = None
+    """Train on random crops of this side; cheaper a step, and the network is convolutional. None: whole pictures."""
+    widths: tuple[int, ...] = (32, 64, 128, 128)
+    """Channels of each level; every level but the last halves the side."""
+    layers: int = 1
+    """Residual blocks a level (the decoder has one more)."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    groups: int = 16
+    """Groups of the group norms."""
+    kl: float = 2e-4
+    """Weight of the KL divergence, a latent number, in nats."""
+    edges: float = 0.5
+    """Weight of the L1 difference of picture gradients: keeps outlines sharp, which a plain L1 or L2 blurs."""
+
+
+class AutoEncoder(nn.Module):
+    """encode, sample, decode as one forward, which is what a distributed trainer needs."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Float[Tensor, "b 3 h w"], noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, logvar = self.vae.moments(images)
+        z = mean + (0.5 * logvar).exp() * noise
+        return self.vae.decode(z * self.vae.config.scale), mean, logvar
+
+
+def reconstruction_loss(x: Tensor, y: Tensor, edges: float) -> Tensor:
+    """L1 + L2, at three scales so that areas keep their colour, + `edges` times the L1 of gradients."""
+    loss = F.l1_loss(y, x) + F.mse_loss(y, x)
+    loss = loss + edges * (F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2)))
+    for factor in (2, 4):
+        loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(y, factor), F.avg_pool2d(x, factor))
+    return loss
+
+
+def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp logvar) || N(0, 1)) in nats, averaged over latent numbers (Kingma & Welling, appendix B)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def train_vae(config: VAETraining) -> VAE:
+    """Train, resume or finish a VAE; writes `out/model/vae` in the folder layout when the last step is done."""
+    source = open_source(config.data, size=config.size, compose=config.compose)
+    sizes = VAEConfig(
+        block_out_channels=config.widths,
+        layers_per_block=config.layers,
+        latent_channels=config.latent_channels,
+        norm_groups=config.groups,
+        scale=1.0,
+        force_upcast=False,
+        sample_size=config.size,
+    )
+    torch.manual_seed(config.seed)
+    vae = VAE(sizes)
+    init_for_training(vae)
+
+    def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        images = crops(batch[0], config.crop, generator).to(next(model.parameters()).device)
+        b, _, h, w = images.shape
+        factor = vae.factor
+        noise = torch.randn(b, config.latent_channels, h // factor, w // factor, generator=generator).to(images.device)
+        y, mean, logvar = model(images.contiguous(memory_format=torch.channels_last), noise)
+        y, mean, logvar = y.float(), mean.float(), logvar.float()
+        rec, kl = reconstruction_loss(images, y, config.edges), kl_loss(mean, logvar)
+        psnr = -10 * torch.log10((y.clamp(-1, 1) - images).square().mean() / 4)
+        return rec + config.kl * kl, {"rec": rec.item(), "kl": kl.item(), "psnr": psnr.item()}
+
+    def stream(start: int, rank: int, world: int) -> Iterator[Any]:
+        return batches(source, config.batch // world, seed=config.seed, start=start, rank=rank, world=world)
+
+    def sample(model: nn.Module, path: Path) -> None:
+        images = to_float(torch.stack([source.get(i * 37 % len(source), 0)[0] for i in range(16)]))
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            y = model.vae.decode(model.vae.encode(images.to(device))).cpu()
+        save_grid(torch.cat([images, y]).unflatten(0, (2, 2, 8)).transpose(0, 1).flatten(0, 2), path, columns=8)
+
+    trained = fit(AutoEncoder(vae), loss, stream, config, meta={"network": "vae", "sizes": repr(sizes)}, sample=sample).vae
+    save_vae(trained, replace(sizes, scale=latent_scale(trained, source)), config.out / "model" / "vae")
+    return trained
+
+
+def save_vae(vae: VAE, sizes: VAEConfig, folder: Path) -> None:
+    """One part of a model folder: `config.json` and the weights."""
+    write_json(folder / "config.json", configs.vae_json(sizes))
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", vae.state_dict())
+
+
+def crops(batch: Tensor, side: int | None, generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+    """uint8 pictures to [-1, 1], cut to one random window a picture."""
+    if side is None or side >= batch.shape[-1]:
+        return to_float(batch)
+    room = batch.shape[-1] - side + 1
+    corners = torch.randint(room, (len(batch), 2), generator=generator).tolist()
+    return to_float(torch.stack([p[:, i : i + side, j : j + side] for p, (i, j) in zip(batch, corners, strict=True)]))
+
+
+def to_float(batch: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1]."""
+    return batch.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def latent_scale(vae: VAE, source: Any, pictures: int = 256) -> float:
+    """1 / std of the latents, so that the U-Net sees unit variance (Rombach et al., appendix G)."""
+    device = next(vae.parameters()).device
+    images = torch.stack([source.get(i * len(source) // pictures, 1)[0] for i in range(min(pictures, len(source)))])
+    means = [vae.moments(to_float(part).to(device))[0].float() for part in images.split(32)]
+    return 1 / torch.cat(means).std().item()
