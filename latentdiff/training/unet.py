@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class Contexts:
 
 def train_unet(config: UNetTraining) -> UNet:
     """Train, resume or finish a U-Net; at the end `out/model` is a whole model folder."""
-    words, tower, pad = load_tower(config.clip)
+    words, tower = load_tower(config.clip)
     vae = load_vae(config.vae, EMBEDDED, Options(dtype=torch.float32))
     if not isinstance(vae, VAE):
         raise ValueError(f"vae: {config.vae} holds a tiny autoencoder, whose encoder gives no distribution to train on")
@@ -135,12 +135,13 @@ def train_unet(config: UNetTraining) -> UNet:
 
     def sample(model: nn.Module, path: Path) -> None:
         device = next(model.parameters()).device
-        save_grid(draw(model, vae.to(device), tower, words, schedule, config, device), path, columns=len(PROMPTS) // 2)
+        save_grid(draw(model, vae.to(device), tower, words, config, device), path, columns=len(PROMPTS) // 2)
 
     trained = fit(unet, loss, stream, config, meta={"network": "unet", "sizes": repr(spec.unet)}, sample=sample)
     if PartialState().is_main_process:
+        rest = config.clip / "clip" if (config.clip / "clip" / "config.json").is_file() else None
         parts = Parts(
-            spec=spec, unet=trained, vae=vae, text_encoders=(tower,), tokenizers=(words,), title=config.out.name, clip=_rest(config)
+            spec=spec, unet=trained, vae=vae, text_encoders=(tower,), tokenizers=(words,), title=config.out.name, clip=rest
         )
         save_folder(parts, config.out / "model")
     return trained
@@ -172,12 +173,12 @@ def model_spec(config: UNetTraining, vae: VAE, tower: TextTower) -> ModelSpec:
     )
 
 
-def load_tower(folder: Path) -> tuple[Tokenizer, TextTower, int]:
-    """Text tower and tokenizer of a model folder, float32, with the padding id."""
+def load_tower(folder: Path) -> tuple[Tokenizer, TextTower]:
+    """Tokenizer and text tower (float32) of a model folder."""
     words, pad = tokenizer.read(folder / "tokenizer")
     config = configs.Config(folder / "text_encoder" / "config.json")
-    spec = configs.read_tower(config, pad=pad, begin=words.begin_id, end=words.end_id)
-    return words, from_folder(on_meta(TextTower, spec), folder / "text_encoder", Options(dtype=torch.float32), "text tower"), pad
+    spec = replace(configs.read_tower(config, pad=pad, begin=words.begin_id, end=words.end_id), projection=None, pooled=False)
+    return words, from_folder(on_meta(TextTower, spec), folder / "text_encoder", Options(dtype=torch.float32), "text tower")
 
 
 def order(seed: int, n: int, start: int, count: int) -> Tensor:
@@ -230,19 +231,14 @@ def encode_captions(tower: TextTower, words: Tokenizer, captions: Sequence[str])
 
 @torch.no_grad()
 def draw(
-    unet: nn.Module,
-    vae: VAE,
-    tower: TextTower,
-    words: Tokenizer,
-    schedule: schedules.NoiseSchedule,
-    config: UNetTraining,
-    device: torch.device,
+    unet: nn.Module, vae: VAE, tower: TextTower, words: Tokenizer, config: UNetTraining, device: torch.device
 ) -> Float[Tensor, "b 3 h w"]:
     """Pictures of PROMPTS at guidance 5, 20 DDIM steps, from one seed: to watch a training by."""
     ids = token_ids(words, [*PROMPTS, ""]).to(device)
     states = tower(ids)[0].float()
     side = config.size // vae.factor
     noise = torch.randn(len(PROMPTS), vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    schedule = getattr(schedules, config.schedule)()
     sigmas = schedules.grid(schedule, 20, "trailing")
     empty = states[-1:].expand(len(PROMPTS), -1, -1)
     denoise = guided(Denoiser(unet, schedule, config.prediction), Cond(states[:-1]), Cond(empty), cfg(5.0))
@@ -250,7 +246,3 @@ def draw(
     for step in ddim(denoise, x, sigmas, randn=torch.randn_like):
         x = step.x
     return vae.decode(x).float().cpu()
-
-
-def _rest(config: UNetTraining) -> Path | None:
-    return config.clip / "clip" if (config.clip / "clip" / "config.json").is_file() else None
