@@ -73,8 +73,8 @@ class UNetTraining(LoopConfig):
     """Noise levels of training."""
     drop: float = 0.1
     """Chance that a caption is dropped, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598, algorithm 1)."""
-    min_snr: float | None = 5.0
-    """gamma of the min-SNR weights; None for the plain loss."""
+    min_snr: float | None = None
+    """gamma of the min-SNR weights; None for the plain loss, which v needs at the noisiest levels (their min-SNR weight is 0)."""
     start: Path | None = None
     """Begin with the U-Net of this model folder instead of new weights."""
 
