@@ -143,11 +143,11 @@ def train_clip(config: CLIPTraining) -> nn.Module:
 
 
 def _vocabulary(config: CLIPTraining, source: Any) -> Tokenizer:
-    """The vocabulary of an earlier start of this run, of `start`, or one learnt from 40,000 captions."""
+    """The vocabulary of an earlier start of this run, of `start`, or one learnt from 10,000 captions."""
     for folder in (config.out / "tokenizer", *([config.start / "tokenizer"] if config.start else [])):
         if folder.is_dir():
             return tokenizer.read(folder)[0]
-    captions = Counter(source.get(i % len(source), 7 + i // len(source))[1] for i in range(40_000))
+    captions = Counter(source.get(i % len(source), 7 + i // len(source))[1] for i in range(10_000))
     words = learn_vocabulary((c for c, n in captions.items() for _ in range(n)), config.vocab, config.length)
     tokenizer.write(config.out / "tokenizer", words, words.end_id)
     return words
