@@ -17,6 +17,7 @@ from latentdiff.models.text import Tokenizer
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
+@cache
 def standard() -> Tokenizer:
     """The tokenizer of OpenAI's CLIP and of every OpenCLIP tower here: 49,408 tokens, prompts of 77."""
     vocab, merges = _standard_vocabulary()
