@@ -224,7 +224,7 @@ def render(document: str, size: int) -> np.ndarray:
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_string=document, width=size, height=size, skip_system_fonts=True)
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA").convert("RGBa").resize((size, size)))
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA").convert("RGBa"))
 
 
 def look(rgba: np.ndarray) -> Json:
@@ -274,8 +274,11 @@ class English:
     the: frozenset[str]
     irregular: dict[str, str]
 
-    TAIL = re.compile(r" (?:with|without|in|on|of|behind|from|over|at|to|and|(?:show|cover|stick|hold|savor|blow|roll|point|fac|scream"
-                      r"|gett|play|lift|wear|tipp|rais|row|bounc|feed|tak|gestur|pour|walk|runn|kneel|shak)ing|pointed|tilted) ")  # fmt: skip
+    # Where the words after the head begin: `cup| of tea`, `person| lifting weights`.
+    TAIL = re.compile(
+        r" (?:with|without|in|on|of|behind|from|over|at|to|and|pointed|tilted|(?:show|cover|stick|hold|savor|blow|roll|point|fac"
+        r"|scream|gett|play|lift|wear|tipp|rais|row|bounc|feed|tak|gestur|pour|walk|runn|kneel|shak|curv)ing) "
+    )
     AN = re.compile(r"(?i)(?!uni|use|euro|ewe|one\b|one-|UFO|ufo|u-)[aeiou]|hour|x-|SUV\b|8 |ATM\b|OK\b")
 
     def head(self, noun: str) -> tuple[str, str]:
@@ -285,7 +288,9 @@ class English:
 
     def is_plural(self, noun: str) -> bool:
         first, *_, last = [*noun.split(), *self.head(noun)[0].lower().split()]
-        return first in {"people", "men", "women"} or (last.endswith("s") and not last.endswith(("ss", "us", "is")))
+        if first in {"people", "men", "women"} or last == "skis":
+            return True
+        return last.endswith("s") and not last.endswith(("ss", "us", "is", "ceros"))
 
     def phrase(self, noun: str) -> str:
         """`a cat`, `an owl`, `grapes`, `bread`, `the sun`."""
@@ -298,7 +303,7 @@ class English:
 
     def plural(self, noun: str) -> str | None:
         """`cats`, `cups of tea`; None where one does not count."""
-        if not self.phrase(noun).startswith(("a ", "an ")) or re.search(r" (?!ring|wing|string|king)\w+ing$", noun):
+        if not self.phrase(noun).startswith(("a ", "an ")) or re.search(r" (?!ring|wing|building)\w+ing$| its ", noun):
             return None
         head, tail = self.head(noun)
         *before, last = head.split(" ")
@@ -306,6 +311,8 @@ class English:
 
 
 def plural_word(word: str) -> str:
+    if word.endswith("man"):
+        return word[:-2] + "en"
     if re.search(r"(s|x|z|ch|sh)$", word):
         return word + "es"
     if re.search(r"[^aeiou]y$", word):
@@ -338,19 +345,20 @@ def concept(row: Json, words: Json, english: English) -> Json:
     phrases whose colour the label itself names (the others are true only of drawings that have it).
     """
     label = row["label"]
+    everyday = label in words["everyday"]
     nouns = words["everyday"].get(label) or [words["nouns"].get(label) or readable(label)]
     if all(set(noun.split()) & COLOURS - set(label.split()) for noun in nouns):
         nouns = [*nouns, readable(label)]  # for the drawings whose colour is another
     paint = (words["recolour"].get(label) or [None])[0]
     return {
         "phrases": [english.phrase(noun) for noun in nouns],
-        "plurals": [english.plural(noun) for noun in nouns],
+        "plurals": [english.plural(noun) if everyday else None for noun in nouns],
         "sure": [english.phrase(noun) for noun in nouns if set(noun.split()) & COLOURS & set(label.split())],
         "keywords": [tag for tag in row.get("tags", []) if tag.isascii()],
         "group": row["group"],
         "subgroup": row["subgroup"],
         "emoji": row["emoji"],
-        "everyday": label in words["everyday"],
+        "everyday": everyday,
         "mirror": row["group"] not in UNMIRRORED_GROUPS
         and row["subgroup"] not in UNMIRRORED_SUBGROUPS
         and not UNMIRRORED_LABEL.search(label),
@@ -427,9 +435,10 @@ def record(icon: Icon, row: Json, seen: Json) -> Json:
 def write_licences(folder: Path, counts: Counter[Package]) -> None:
     rows = [asdict(package) | {"drawings": n} for package, n in [*counts.items(), (EMOJIBASE, 0)]]
     (folder / "licences.json").write_text(json.dumps(rows, indent=1))
-    lines = [f"- {p.name} {p.version}: {n} drawings by {p.author} ({p.source}), {p.licence}." for p, n in counts.items()]
-    text = "\n".join(["# Drawings", "", *lines, "", f"Names and keywords: {EMOJIBASE.name} {EMOJIBASE.version}, {EMOJIBASE.licence}.", "",
-                      "The drawings were rasterised, scaled, recoloured, mirrored and composed. CC-BY-4.0 asks for this attribution.", ""])  # fmt: skip
+    drawn = "".join(f"- {p.name} {p.version}: {n} drawings by {p.author} ({p.source}), {p.licence}.\n" for p, n in counts.items())
+    words = f"Names and keywords: {EMOJIBASE.name} {EMOJIBASE.version} by {EMOJIBASE.author}, {EMOJIBASE.licence}."
+    changed = "The drawings were rasterised; in training they are scaled, recoloured, mirrored and composed."
+    text = f"# Drawings\n\n{drawn}\n{words}\n{changed}\nCC-BY-4.0 asks for this attribution.\n"
     (folder / "ATTRIBUTION.md").write_text(text)
 
 
@@ -441,22 +450,26 @@ def write_pictures(data: Path, to: Path, *, count: int, size: int, seed: int) ->
     from latentdiff.training.drawings import ComposeConfig, Drawings, DrawingSource
 
     source = DrawingSource(Drawings(data), ComposeConfig(), size)
+    files = (file for i in tqdm(range(count), desc="pictures", unit="") for file in picture_files(source, i, seed))
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
         partial = Path(scratch) / "pictures"
-        tar = tarfile.open(partial, "w") if to.suffix == ".tar" else None
-        if tar is None:
-            partial.mkdir()
-        for i in tqdm(range(count), desc="pictures", unit=""):
-            for name, content in picture_files(source, i, seed):
-                if tar is None:
-                    (partial / name).write_bytes(content)
-                else:
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        if tar is not None:
-            tar.close()
+        write = write_tar if to.suffix == ".tar" else write_folder
+        write(partial, files)
         partial.rename(to)
+
+
+def write_folder(path: Path, files: Iterator[tuple[str, bytes]]) -> None:
+    path.mkdir()
+    for name, content in files:
+        (path / name).write_bytes(content)
+
+
+def write_tar(path: Path, files: Iterator[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def picture_files(source: Any, i: int, seed: int) -> Iterator[tuple[str, bytes]]:

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from latentdiff.images import OPENS, open_picture
 from latentdiff.training.drawings import ComposeConfig, Drawings, DrawingSource
 
 __all__ = ["ComposeConfig", "DrawingSource", "Drawings", "FileSource", "PictureSource", "batches", "open_source"]
@@ -35,8 +36,7 @@ class PictureSource(Protocol):
 
 # ------------------------------------------------------------------------------------------------ files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-MAX_PIXELS = 80_000_000  # a picture that claims more is refused before it is decoded
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Read = Callable[[Any], bytes]
 
 
@@ -82,7 +82,7 @@ class FileSource:
                 continue
             try:
                 captions = read_captions(caption_name, self.read(caption))
-                image = open_picture(self.read(picture), self.size)
+                image = square_picture(self.read(picture), self.size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 self._count_bad(i % len(self), f"{name}: {error}")
                 continue
@@ -128,17 +128,11 @@ def read_captions(name: str, content: bytes) -> list[str]:
     return captions
 
 
-def open_picture(content: bytes, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of a picture file: upright, on white, cut to its central square."""
-    with Image.open(io.BytesIO(content)) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+def square_picture(content: bytes, size: int) -> np.ndarray:
+    """uint8 [size, size, 3] of a picture file: upright, on white, the central square."""
+    with Image.open(io.BytesIO(content), formats=OPENS) as image:
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size
-        upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            rgba = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        return np.asarray(ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+        return np.array(ImageOps.fit(open_picture(image), (size, size), Image.Resampling.LANCZOS))
 
 
 def open_source(
