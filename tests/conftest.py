@@ -79,7 +79,8 @@ def hands() -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
     flat = {name: disc(fill) for name, fill in (
         ("cat-face", "#f8b040"), ("dog-face", "#a86838"), ("red-apple", "#e83030"), ("automobile", "#2050e0"),
         ("blue-heart", "#2858d8"),
-    )} | {"copy-of-cat-face": disc("#f8b040")}  # fmt: skip
+    )} | {"catface": disc("#f8b040")  # the same drawing under a second name
+    }  # fmt: skip
     fxemoji = {"cat": disc("#ffc050"), "catside": disc("#ffd070"), "dog": disc("#b07040"), "redapple": disc("#f02030", 0.5)}
     table = {"width": 32, "height": 32}
     return {
@@ -173,9 +174,7 @@ def tiny_parts() -> Any:
         block_out_channels=(16, 32), layers_per_block=1, attention=(True, True), transformer_layers=(1, 1), heads=(2, 4),
         context_dim=32, norm_groups=8, sample_size=8,
     )  # fmt: skip
-    vae = VAEConfig(
-        block_out_channels=(8, 8, 16), layers_per_block=1, norm_groups=4, scale=0.5, force_upcast=False, sample_size=32
-    )
+    vae = VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_groups=4, scale=0.5, force_upcast=False, sample_size=32)
     tiny = replace(EMBEDDED, name="custom", unet=unet, vae=vae, towers=(tower,), size=32)
 
     def make(**changes: Any) -> Parts:

@@ -1,5 +1,6 @@
 """Drawings with words, composed on the fly into captioned pictures: what the embedded model is trained on."""
 
+import colorsys
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 Json = dict[str, Any]
 Rng = np.random.Generator
+Rgb = tuple[float, float, float]
 
 BACKGROUNDS = {
     "white": (255, 255, 255), "black": (20, 20, 20), "gray": (150, 150, 150), "red": (225, 60, 60), "orange": (250, 150, 50),
@@ -237,16 +239,23 @@ class DrawingSource:
 
     def _background(self, rng: Rng, parts: list[_Part]) -> str:
         """A colour that sets the drawings off: white with the configured chance, where they can be seen on it."""
-        distance = {name: min(_distance(rgb, self._colour(part)) for part in parts) for name, rgb in BACKGROUNDS.items()}
+        colours = [colour for part in parts for colour in self._colours(part)]
+        distance = {name: min(_distance(rgb, colour) for colour in colours) for name, rgb in BACKGROUNDS.items()}
         if rng.random() < self.config.white and distance["white"] > CONTRAST / 2:
             return "white"
         clear = [name for name, d in distance.items() if d > CONTRAST and name != "white"]
         return _pick(rng, clear) if clear else max(distance, key=lambda name: distance[name])
 
-    def _colour(self, part: _Part) -> tuple[int, int, int]:
-        if part.paint is None:
-            return self.drawings.records[part.drawing]["mean"]
-        return BACKGROUNDS[part.paint]
+    def _colours(self, part: _Part) -> list[Rgb]:
+        """What a background must differ from: the drawing's mean colour, and its dominant colour if it has one."""
+        record = self.drawings.records[part.drawing]
+        if part.paint:
+            return [BACKGROUNDS[part.paint]]
+        if not record["hue"]:
+            return [record["mean"]]
+        hue, sat, val, _ = record["hue"]
+        r, g, b = colorsys.hsv_to_rgb(hue / 360, sat, val)
+        return [record["mean"], (255 * r, 255 * g, 255 * b)]
 
     def _suffix(self, rng: Rng, parts: list[_Part], background: str) -> str:
         said = rng.random() < (0.12 if background == "white" else 0.75)
@@ -316,7 +325,7 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+def _distance(a: Rgb, b: Rgb) -> float:
     return sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) ** 0.5
 
 

@@ -108,7 +108,7 @@ def test_a_named_background_is_the_background(tiny: Drawings) -> None:
 def test_a_drawing_can_be_seen_on_its_background(tiny: Drawings) -> None:
     for picture in composed(tiny, SINGLE, 300):
         middle, corner = picture.image[SIZE // 2, SIZE // 2].astype(float), picture.image[0, 0].astype(float)
-        assert np.linalg.norm(middle - corner) > 35
+        assert np.linalg.norm(middle - corner) > (drawings.CONTRAST / 2 if corner.min() == 255 else drawings.CONTRAST)
 
 
 def test_half_of_the_backgrounds_are_white(tiny: Drawings) -> None:
@@ -195,9 +195,8 @@ def test_what_must_not_be_mirrored_is_not(tiny: Drawings) -> None:
     arrow = by_name(tiny, "noto", "right-arrow")
     for k in range(20):
         blue = np.abs(source.compose(np.random.default_rng(k), arrow).image.astype(int) - [0x20, 0x60, 0xC0]).sum(-1) < 40
-        ys, xs = np.nonzero(blue)
-        tip = xs[np.isin(ys, range(SIZE // 2 - 1, SIZE // 2 + 1))].max()
-        assert tip == xs.max()  # it still points to the right
+        columns = np.flatnonzero(blue.any(0))
+        assert blue[:, columns[-3]].sum() < blue[:, columns[2]].sum()  # the tip is on the right still
 
 
 def test_the_everyday_share(tiny: Drawings) -> None:
