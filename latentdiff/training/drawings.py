@@ -38,6 +38,8 @@ class ComposeConfig:
     """How pictures are composed: shares of the kinds of pictures, chances of what a caption mentions, and strengths."""
 
     everyday: float = 0.7  # chance of an everyday idea (rather than any drawing)
+    favourites: tuple[str, ...] = ()  # concepts of which an everyday idea is drawn first of all
+    favour: float = 0.0  # chance that an everyday idea is one of them
     pair: float = 0.14  # share of "a cat and a dog", "a star above a house"
     several: float = 0.07  # share of "three apples"
     triple: float = 0.03  # share of "a cat, a dog and a tree"; what remains shows one drawing
@@ -49,7 +51,7 @@ class ComposeConfig:
     style: float = 0.15  # chance that the caption names the hand
 
     def __post_init__(self) -> None:
-        for name in ("everyday", "pair", "several", "triple", "recolour", "white", "mirror", "style"):
+        for name in ("everyday", "favour", "pair", "several", "triple", "recolour", "white", "mirror", "style"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be a share from 0 to 1")
         if self.pair + self.several + self.triple > 1:
@@ -134,6 +136,8 @@ class DrawingSource:
         self.plain = split == "held_out"
         if not self.indices:
             raise ValueError(f"split {split!r} has no drawings")
+        if unknown := [name for name in config.favourites if not drawings.hands.get(name)]:
+            raise ValueError(f"favourites must be concepts of the drawings, got {', '.join(map(repr, unknown))}")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -164,7 +168,8 @@ class DrawingSource:
 
     def _everyday(self, rng: Rng, style: str | None = None) -> int:
         """A drawing of an everyday idea, by the hand `style` if that hand drew it."""
-        hands = self.drawings.hands[_pick(rng, self.drawings.everyday)]
+        favoured = self.config.favourites and rng.random() < self.config.favour
+        hands = self.drawings.hands[_pick(rng, list(self.config.favourites) if favoured else self.drawings.everyday)]
         same = [i for i in hands if self.drawings.records[i]["style"] == style]
         return _pick(rng, same or hands)
 
