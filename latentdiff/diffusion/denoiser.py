@@ -79,6 +79,21 @@ class Denoiser:
         return _like(1 / root, x0) * eps - _like(sigma / root, x0) * x0
 
 
+def consistency(denoise: Denoise, schedule: NoiseSchedule, scaling: float = 10.0, sigma_data: float = 0.5) -> Denoise:
+    """x0 as a latent consistency model means it: c_skip · z + c_out · x0, so that at t = 0 it is z itself.
+
+    Luo et al. (arXiv 2310.04378), section 4.1, with its code's scaling of t; z = x / sqrt(1 + sigma²).
+    """
+
+    def denoise_consistently(x: Tensor, sigma: Tensor) -> Tensor:
+        t = scaling * schedule.t(sigma).item()
+        norm = t**2 + sigma_data**2
+        z = x * (1 + sigma.item() ** 2) ** -0.5
+        return sigma_data**2 / norm * z + t / norm**0.5 * denoise(x, sigma)
+
+    return denoise_consistently
+
+
 def min_snr(schedule: NoiseSchedule, prediction: Prediction, t: Tensor, gamma: float = 5.0) -> Tensor:
     """Min-SNR loss weights (Hang et al., arXiv 2303.09556, eq. 6 and section 3.4), float32 [b]."""
     snr = schedule.snr(t.cpu()).to(t.device)

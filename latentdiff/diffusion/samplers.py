@@ -1,63 +1,152 @@
-"""Samplers: plain generators over an explicit, decreasing grid of noise levels.
+"""Every sampler by name: the table, and the names that people bring from other programs.
 
-A sampler holds no state and knows neither betas, timesteps nor prompts. Multistep memory is a local variable; progress, previews
-and cancelling are a `for` loop in the caller. Any function of this signature can be passed to `pipe(..., sampler=...)`.
+A sampler is a plain generator over an explicit, decreasing grid of noise levels. It holds no state and knows neither betas,
+timesteps nor prompts. Multistep memory is a local variable; progress, previews and cancelling are a `for` loop in the caller.
+Any function of `Sampler`'s signature can be passed to `pipe(..., sampler=...)`.
 """
 
 from __future__ import annotations
 
+import difflib
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
-from jaxtyping import Float
-from torch import Tensor
+import torch
 
-from latentdiff.diffusion.denoiser import Denoise
+from latentdiff.diffusion.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, ipndm, lms, plms, pndm, unipc
+from latentdiff.diffusion.schedules import NoiseSchedule, spacing_named
+from latentdiff.diffusion.singlestep import (
+    Randn,
+    Sampler,
+    Step,
+    ddim,
+    ddpm,
+    dpm2,
+    dpm2_ancestral,
+    dpmpp_2s_ancestral,
+    dpmpp_sde,
+    euler,
+    euler_ancestral,
+    heun,
+    lcm,
+    tcd,
+)
 
-Randn = Callable[[Tensor], Tensor]  # x -> standard normal noise of x's shape, from each picture's own generator
+__all__ = ["FACTS", "SAMPLERS", "Facts", "Randn", "Sampler", "Step", "bind", "resolve", "rows"]
+
+SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "plms": plms,
+    "pndm": pndm,
+    "ipndm": ipndm,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "lms": lms,
+    "dpm2": dpm2,
+    "dpm2_ancestral": dpm2_ancestral,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_sde": dpmpp_sde,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "unipc": unipc,
+    "deis": deis,
+    "lcm": lcm,
+    "tcd": tcd,
+}
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What a sampler yields after each step: its index, the level it arrived at, the state there and the last x0 estimate."""
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a sampler: its order as a solver (None: it is none), network evaluations a step, and other names for it."""
 
-    i: int
-    sigma: Tensor
-    x: Tensor
-    x0: Tensor
-
-
-class Sampler(Protocol):
-    def __call__(self, denoise: Denoise, x: Tensor, sigmas: Tensor, *, randn: Randn) -> Iterator[Step]: ...
+    order: int | None
+    evaluations: int
+    stochastic: bool
+    also: tuple[str, ...]  # of A1111, k-diffusion and ComfyUI, diffusers
 
 
-def ancestral_split(sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """(sigma_down, sigma_up): go down deterministically to sigma_down, then add noise of std sigma_up.
+def _facts(order: int | None, evaluations: int, kind: str, *also: str) -> Facts:
+    return Facts(order=order, evaluations=evaluations, stochastic=kind == "stochastic", also=also)
 
-    sigma_up² = eta² · sigma_next² (sigma² − sigma_next²) / sigma² is DDPM's posterior variance (Ho et al. eq. 7; DDIM eq. 16)
-    written in sigmas; eta = 1 is DDPM, eta = 0 adds nothing.
+
+FACTS: dict[str, Facts] = {
+    "ddpm": _facts(1, 1, "stochastic", "DDPMScheduler"),
+    "ddim": _facts(1, 1, "deterministic", "DDIMScheduler"),
+    "plms": _facts(2, 1, "deterministic", "PNDMScheduler"),
+    "pndm": _facts(2, 1, "deterministic"),
+    "ipndm": _facts(2, 1, "deterministic", "IPNDMScheduler"),
+    "euler": _facts(1, 1, "deterministic", "EulerDiscreteScheduler"),
+    "euler_ancestral": _facts(1, 1, "stochastic", "Euler a", "EulerAncestralDiscreteScheduler"),
+    "heun": _facts(2, 2, "deterministic", "HeunDiscreteScheduler"),
+    "lms": _facts(4, 1, "deterministic", "LMSDiscreteScheduler"),
+    "dpm2": _facts(2, 2, "deterministic", "dpm_2", "KDPM2DiscreteScheduler"),
+    "dpm2_ancestral": _facts(1, 2, "stochastic", "DPM2 a", "dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"),
+    "dpmpp_2s_ancestral": _facts(1, 2, "stochastic", "DPM++ 2S a"),
+    "dpmpp_2m": _facts(2, 1, "deterministic", "DPM++ 2M", "DPMSolverMultistepScheduler"),
+    "dpmpp_3m": _facts(2, 1, "deterministic", "DPM++ 3M"),
+    "dpmpp_sde": _facts(1, 2, "stochastic", "DPM++ SDE", "dpmpp_sde_gpu", "DPMSolverSDEScheduler"),
+    "dpmpp_2m_sde": _facts(1, 1, "stochastic", "DPM++ 2M SDE", "dpmpp_2m_sde_gpu"),
+    "dpmpp_3m_sde": _facts(1, 1, "stochastic", "DPM++ 3M SDE", "dpmpp_3m_sde_gpu"),
+    "unipc": _facts(2, 1, "deterministic", "UniPC", "uni_pc", "uni_pc_bh2", "UniPCMultistepScheduler"),
+    "deis": _facts(3, 1, "deterministic", "DEISMultistepScheduler"),
+    "lcm": _facts(None, 1, "stochastic", "LCMScheduler"),
+    "tcd": _facts(None, 1, "stochastic", "TCDScheduler"),
+}
+
+
+def rows() -> list[tuple[str, str, int, str, str]]:
+    """The table that `latentdiff samplers` prints: name, order, evaluations a step, kind, and what it is with its paper."""
+    return [
+        (
+            name,
+            "-" if facts.order is None else str(facts.order),
+            facts.evaluations,
+            "stochastic" if facts.stochastic else "deterministic",
+            (SAMPLERS[name].__doc__ or "").partition("\n")[0],
+        )
+        for name, facts in FACTS.items()
+    ]
+
+
+def _key(name: str) -> str:
+    """What is left of a name without case, signs and the prefixes that some programs put before it."""
+    return re.sub("[^a-z0-9]", "", re.sub(r"^(sample|k)_", "", name.lower()).replace("+", "p"))
+
+
+def resolve(name: str) -> tuple[str, str | None]:
+    """The sampler that a name means, and the spacing if the name says one: "DPM++ 2M Karras" is ("dpmpp_2m", "karras").
+
+    Names of A1111, k-diffusion, ComfyUI and diffusers' classes are understood. Raises ValueError for any other.
     """
-    up = eta * (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2).clamp(min=0).sqrt()
-    return (sigma_next**2 - up**2).clamp(min=0).sqrt(), up
+    names = {_key(also): key for key, facts in FACTS.items() for also in (key, *facts.also)}
+    key = _key(name) if isinstance(name, str) else ""
+    for cut in range(len(key), 0, -1):
+        sampler, spacing = names.get(key[:cut]), spacing_named(key[cut:])
+        if sampler and (spacing or cut == len(key)):
+            return sampler, spacing
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f"; did you mean {names[near[0]]}?" if near else ""
+    raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}{hint}")
 
 
-def ddim(
-    denoise: Denoise, x: Float[Tensor, "b c h w"], sigmas: Float[Tensor, " n+1"], *, randn: Randn, eta: float = 0.0
-) -> Iterator[Step]:
-    """Song et al. (arXiv 2010.02502) eq. 12: along the direction to x, plus eta times DDPM's noise. Order 1."""
-    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        x0 = denoise(x, sigma)
-        down, up = ancestral_split(sigma, sigma_next, eta)
-        x = x0 + down / sigma * (x - x0)
-        if eta > 0 and sigma_next > 0:
-            x = x + up * randn(x)
-        yield Step(i, sigma_next, x, x0)
+def bind(name: str, schedule: NoiseSchedule) -> Callable[..., Iterator[Step]]:
+    """The sampler of that name in the table. Two papers speak of times, which a grid does not know: those get the schedule's."""
 
+    def sigma(t: float) -> float:
+        return schedule.sigma(torch.tensor(t)).item()
 
-def ddpm(denoise: Denoise, x: Float[Tensor, "b c h w"], sigmas: Float[Tensor, " n+1"], *, randn: Randn) -> Iterator[Step]:
-    """Ho et al. (arXiv 2006.11239) algorithm 2, on any grid: DDIM's rule at eta = 1."""
-    return ddim(denoise, x, sigmas, randn=randn, eta=1.0)
+    def t(sigma: float) -> float:
+        return schedule.t(torch.tensor(sigma)).item()
 
-
-SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {"ddim": ddim, "ddpm": ddpm}
+    if name == "tcd":
+        return partial(tcd, lower=lambda s_next, eta: min(sigma(math.floor((1 - eta) * t(s_next))), s_next))
+    if name == "pndm":
+        return partial(pndm, middle=lambda s, s_next: sigma(t(s) - (t(s) - t(s_next)) // 2))
+    return SAMPLERS[name]

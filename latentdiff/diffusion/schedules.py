@@ -118,6 +118,13 @@ def simple(T: int, steps: int) -> Float[Tensor, " steps"]:
     return T - 1 - (torch.arange(steps, dtype=torch.float64) * (T / steps)).floor()
 
 
+def lcm(T: int, steps: int, trained: int = 50) -> Float[Tensor, " steps"]:
+    """Equally chosen among the `trained` trailing steps that latent consistency models were distilled on (diffusers' LCM, TCD)."""
+    trained = max(min(trained, T), steps)
+    chosen = (torch.arange(steps, dtype=torch.float64) * (trained / steps)).floor()
+    return ((trained - chosen) * (T / trained)).round() - 1
+
+
 def beta(T: int, steps: int, a: float = 0.6, b: float = 0.6) -> Float[Tensor, " steps"]:
     """t = (T - 1) · Q(1 - k / steps), Q the quantile function of Beta(a, b): dense at both ends (Lee et al., arXiv 2407.12173).
 
@@ -191,12 +198,22 @@ SPACINGS: dict[str, Spacing] = {
     "trailing": lambda s, n, _: s.sigma(trailing(len(s), n)),
     "linspace": lambda s, n, _: s.sigma(linspace(len(s), n)),
     "simple": lambda s, n, _: s.sigma(simple(len(s), n)),
+    "lcm": lambda s, n, _: s.sigma(lcm(len(s), n)),
     "beta": lambda s, n, _: s.sigma(beta(len(s), n)),
     "karras": lambda s, n, _: karras(s.sigmas[0].item(), s.sigmas[-1].item(), n),
     "exponential": lambda s, n, _: exponential(s.sigmas[0].item(), s.sigmas[-1].item(), n),
     "ays": lambda s, n, _: ays(AYS["sd15"], n),
     "ays_sdxl": lambda s, n, _: ays(AYS["sdxl"], n),
 }
+
+
+_ALSO = {"sgmuniform": "trailing", "normal": "linspace", "ddimuniform": "leading", "alignyoursteps": "ays"}
+
+
+def spacing_named(name: str) -> str | None:
+    """The spacing that a name means, in this or another program's spelling; None for an unknown one."""
+    key = "".join(c for c in name.lower() if c.isalnum())
+    return _ALSO.get(key) or {s.replace("_", ""): s for s in SPACINGS}.get(key)
 
 
 def grid(
@@ -212,8 +229,6 @@ def grid(
     T = len(schedule)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
         raise ValueError(f"steps must be an integer from 1 to {T}, got {steps!r}")
-    if isinstance(spacing, str) and spacing not in SPACINGS:
-        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, or a list of noise levels, got {spacing!r}")
     if final not in ("zero", "sigma_min"):
         raise ValueError(f"final must be zero or sigma_min, got {final!r}")
     sigmas = _named(schedule, steps, spacing, offset, final) if isinstance(spacing, str) else _explicit(spacing, steps)
@@ -225,8 +240,11 @@ def grid(
 
 
 def _named(schedule: NoiseSchedule, steps: int, spacing: str, offset: int, final: str) -> Float[Tensor, " steps+1"]:
+    name = spacing_named(spacing)
+    if name is None:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, or a list of noise levels, got {spacing!r}")
     last = torch.zeros(1, dtype=torch.float64) if final == "zero" else schedule.sigmas[:1]
-    sigmas = torch.cat([SPACINGS[spacing](schedule, steps, offset), last]).float()
+    sigmas = torch.cat([SPACINGS[name](schedule, steps, offset), last]).float()
     if final == "sigma_min" and sigmas[-2] <= sigmas[-1]:  # the grid already ends on the lowest level: step from it to 0
         sigmas[-1] = 0.0
     return sigmas
