@@ -6,7 +6,7 @@ chunks are joined along the tokens. So a prompt may have any length, and nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.models.text import TextTower, TowerSpec
-from latentdiff.models.unet import sinusoids
+from latentdiff.models.unet import UNet, sinusoids
 
 Tokenizer = Callable[[str], list[int]]  # text -> ids, without begin, end and padding
 Parse = Callable[[str], list[list[tuple[str, float]]]]  # prompt -> sections (each starts a new chunk) of (text, weight)
-Weigh = Callable[[Float[Tensor, "c n d"], Float[Tensor, "c n"]], Float[Tensor, "c n d"]]  # (states, weight of each token)
+Weigh = Callable[[Float[Tensor, "c n d"], Float[Tensor, "c n"], Float[Tensor, "1 n d"]], Float[Tensor, "c n d"]]
+"""(states of each chunk, weight of each token, states of the empty prompt) -> states"""
 
 AESTHETIC_SCORES = (6.0, 2.5)  # what SDXL's refiner is told of the prompt and of the negative prompt
 
@@ -60,6 +61,10 @@ class Cond:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         return self._like([tensor.to(device=device, dtype=dtype) for tensor in self._tensors()])
 
+    def project(self, unet: UNet) -> Cond:
+        """With keys and values in the place of the embedding: they are the same at every step."""
+        return Cond(unet.project_context(self.context), self.vector) if isinstance(self.context, Tensor) else self
+
     def finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in self._tensors())
 
@@ -75,7 +80,7 @@ class Cond:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a tower reads at once: begin, tokens, end, padding; and the weight of each (1 for those that the prompt did not name)."""
+    """What a tower reads at once: begin, tokens, end, padding; and the weight of each, 1 for those that the prompt did not name."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -122,8 +127,17 @@ class TextEncoder:
         most = max(len(c) for c in [*mine, *other])
         cond, uncond = (self._encode(self._fill(c, most), size, s) for c, s in zip((mine, other), AESTHETIC_SCORES, strict=True))
         if not negative and self.spec.zero_empty_negative:
-            uncond = self._zeros(uncond, size)
+            uncond = self._zeros(uncond)
         return cond, uncond
+
+    def parameters(self) -> Iterator[Tensor]:
+        return (p for tower in self.towers for p in tower.parameters())
+
+    def float(self) -> TextEncoder:
+        """The towers made float32, in place."""
+        for tower in self.towers:
+            tower.float()
+        return self
 
     def chunks(self, prompt: str) -> list[list[Chunk]]:
         """The prompt's chunks, for each tower."""
@@ -140,13 +154,13 @@ class TextEncoder:
 
     def _encode(self, of_towers: list[list[Chunk]], size: tuple[int, int], score: float) -> Cond:
         """Towers side by side along the width, chunks one after the other along the tokens; pooled is the first chunk's."""
-        contexts, pooled = [], None
+        weigh, contexts, pooled = self.weigh, [], None
         for tower, own in zip(self.towers, of_towers, strict=True):
             device = next(tower.parameters()).device
             hidden, pools = tower(torch.tensor([c.ids for c in own], device=device))  # [chunks, length, d]
-            weights = torch.tensor([c.weights for c in own], device=device)
-            if self.weigh is not None and bool((weights != 1).any()):
-                hidden = self.weigh(hidden, weights)
+            if weigh and any(weight != 1 for c in own for weight in c.weights):
+                empty, _ = tower(torch.tensor([chunk([], tower.spec).ids], device=device))
+                hidden = weigh(hidden, torch.tensor([c.weights for c in own], device=device), empty)
             contexts.append(hidden.flatten(0, 1)[None])  #                              [1, chunks · length, d]
             pooled = pooled if pools is None else pools[:1]
         return Cond(torch.cat(contexts, dim=-1), self._vector(pooled, size, score))
@@ -160,9 +174,10 @@ class TextEncoder:
         numbers = torch.tensor([height, width, 0, 0, *last], dtype=torch.float32, device=pooled.device)
         return torch.cat([pooled, sinusoids(numbers, 256).flatten()[None].to(pooled.dtype)], dim=-1)
 
-    def _zeros(self, cond: Cond, size: tuple[int, int]) -> Cond:
-        """Zeros for text and pooled text; the sizes stay."""
+    def _zeros(self, cond: Cond) -> Cond:
+        """Zeros for text and pooled text; the sizes in the vector stay."""
         assert isinstance(cond.context, Tensor)
-        pooled = [tower.spec.projection for tower in self.towers if tower.spec.pooled]
-        vector = None if cond.vector is None else self._vector(cond.vector.new_zeros(1, pooled[-1] or 0), size, AESTHETIC_SCORES[1])
+        vector, pooled = cond.vector, self.towers[-1].spec.projection
+        if vector is not None:
+            vector = torch.cat([torch.zeros_like(vector[:, :pooled]), vector[:, pooled:]], dim=-1)
         return Cond(torch.zeros_like(cond.context), vector)

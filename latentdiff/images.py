@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -37,15 +37,18 @@ def to_tensor(images: Iterable[Image.Image]) -> Float[Tensor, "b 3 h w"]:
 class Images(list[Image.Image]):
     """A list of PIL pictures that also saves, tiles and shows itself in a notebook."""
 
-    def __getitem__(self, index):
-        found = super().__getitem__(index)
-        return Images(found) if isinstance(index, slice) else found
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Image.Image | Images:
+        return Images(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
 
     def save(self, path: str | Path) -> list[Path]:
         """Write one file a picture, PNGs with their recipe, and return the paths.
 
-        One picture takes `path` itself; of several, number k takes `<stem>-k<suffix>`. A folder (that exists, or with a slash at the
-        end) gets `<prompt>-<seed>.png`. Errors: ValueError for a suffix that is none of SAVES.
+        One picture takes `path` itself; of several, number k takes `<stem>-k<suffix>`. A folder (that exists, or with a slash at
+        the end) gets `<prompt>-<seed>.png`. Errors: ValueError for a suffix that is none of SAVES.
         """
         paths = names(path, self)
         for image, target in zip(self, paths, strict=True):
@@ -74,8 +77,8 @@ def tile(images: Sequence[Image.Image], columns: int | None = None, labels: Sequ
         raise ValueError(f"labels must be one a picture ({len(images)}), got {len(labels)}")
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = max(i.width for i in images), max(i.height for i in images)
-    font = ImageFont.load_default(max(10, width // 12))
-    text = 0 if labels is None else math.ceil(font.size * 1.4)
+    size = max(10, width // 12)
+    font, text = ImageFont.load_default(size), 0 if labels is None else math.ceil(size * 1.4)
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * (height + text)), "white")
     draw = ImageDraw.Draw(sheet)
     for k, image in enumerate(images):
@@ -155,8 +158,8 @@ def png_text(image: Image.Image) -> PngImagePlugin.PngInfo:
 def open_picture(source: Picture, mode: str = "RGB") -> Image.Image:
     """A picture that a user gives (a path, or a PIL picture), right side up, in 8 bits of `mode` ("RGB", or "L" for masks).
 
-    Transparent parts become white. Errors: FileNotFoundError; ValueError for a format not in OPENS, more than MAX_PIXELS, an animation
-    or a damaged file, all but the last before decoding.
+    Transparent parts become white. Errors: FileNotFoundError; ValueError for a format not in OPENS, more than MAX_PIXELS, an
+    animation or a damaged file, all but the last before decoding.
     """
     image = source if isinstance(source, Image.Image) else _open(Path(source))
     if image.width * image.height > MAX_PIXELS:
@@ -217,7 +220,7 @@ EXACT = ("Exact prompt", "Exact negative prompt")  # written only where the plai
 
 
 def write_parameters(recipe: Mapping[str, Any], extra: Mapping[str, str] | None = None) -> str:
-    """A recipe (keywords of `pipe`) as A1111's text, with more pairs behind. Reading it gives the same recipe, whatever the prompt."""
+    """A recipe (keywords of `pipe`) as A1111's text, with more pairs behind; read back, it is the same, whatever the prompt."""
     pairs = {name: _text(recipe[key]) for name, key in KEYS.items() if recipe.get(key) is not None} | dict(extra or {})
     prompt, negative = recipe["prompt"], recipe.get("negative") or ""
     head = f"{prompt}\n{NEGATIVE}{negative}\n" if negative else f"{prompt}\n"

@@ -88,18 +88,23 @@ def test_the_text_is_what_other_programs_read():
     text = I.write_parameters(recipe, {"Model": "a, b", "Version": "latentdiff 1"})
     assert text == (
         "a cat,\nsitting\nNegative prompt: blurry\n"
-        'Steps: 20, Sampler: ddim, Schedule type: trailing, CFG scale: 7, Seed: 5, Size: 512x768, Model: "a, b", Version: latentdiff 1'
+        "Steps: 20, Sampler: ddim, Schedule type: trailing, CFG scale: 7, Seed: 5, Size: 512x768, "
+        'Model: "a, b", Version: latentdiff 1'
     )
     assert "Exact" not in text
 
 
 def test_a_text_of_another_program_is_read():
     """The example of A1111's own documentation; what is not ours is handed back apart."""
-    text = 'a (cat:1.2)\nin a hat\nNegative prompt: bad\nugly\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 965400086, Size: 512x640, Model hash: 45dee52b, Model: "x, y", Clip skip: 2'
+    text = (
+        "a (cat:1.2)\nin a hat\nNegative prompt: bad\nugly\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, "
+        'Seed: 965400086, Size: 512x640, Model hash: 45dee52b, Model: "x, y", Clip skip: 2'
+    )
     recipe, others = I.parse_parameters(text)
-    assert recipe == dict(
-        prompt="a (cat:1.2)\nin a hat", negative="bad\nugly", steps=20, sampler="DPM++ 2M", spacing="Karras", guidance=7.5, seed=965400086, size=(512, 640)
-    )  # fmt: skip
+    assert recipe == {
+        "prompt": "a (cat:1.2)\nin a hat", "negative": "bad\nugly", "steps": 20, "sampler": "DPM++ 2M", "spacing": "Karras",
+        "guidance": 7.5, "seed": 965400086, "size": (512, 640),
+    }  # fmt: skip
     assert others == {"Model hash": "45dee52b", "Model": "x, y", "Clip skip": "2"}
 
 
@@ -236,7 +241,10 @@ def test_palette_with_alpha_lies_on_white(tmp_path):
     assert [pixel(opened), pixel(opened, 1)] == [(255, 255, 255), (0, 255, 0)]
 
 
-@pytest.mark.parametrize(("mode", "colour", "rgb"), [("1", 1, (255,) * 3), ("L", 7, (7,) * 3), ("LA", (0, 128), (127,) * 3), ("RGBA", (255, 0, 0, 0), (255,) * 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "colour", "rgb"),
+    [("1", 1, (255,) * 3), ("L", 7, (7,) * 3), ("LA", (0, 128), (127,) * 3), ("RGBA", (255, 0, 0, 0), (255,) * 3)],
+)
 def test_other_modes(tmp_path, mode, colour, rgb):
     opened = I.open_picture(saved(tmp_path / "a.png", Image.new(mode, (4, 4), colour)))
     assert opened.mode == "RGB"
@@ -294,7 +302,7 @@ def test_animations_and_damaged_files_are_refused(tmp_path):
     whole = saved(tmp_path / "b.png", noise).read_bytes()
     for n in (0, 10, 40, len(whole) // 2):
         (tmp_path / "b.png").write_bytes(whole[:n])
-        with pytest.raises(ValueError, match="b.png"):
+        with pytest.raises(ValueError, match=r"b\.png"):
             I.open_picture(tmp_path / "b.png")
     with pytest.raises(FileNotFoundError, match="no such file"):
         I.open_picture(tmp_path / "c.png")

@@ -1,0 +1,95 @@
+"""From a path to a pipeline on a device: `latentdiff.load`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from latentdiff.checkpoints.families import Prediction
+from latentdiff.checkpoints.io import load_parts
+from latentdiff.conditioning import TextEncoder
+from latentdiff.pipeline import Pipeline
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    prediction: Prediction | None = None,
+    allow_pickle: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
+    vae: str | os.PathLike | None = None,
+    ema: bool = False,
+    compile: bool = False,
+) -> Pipeline:
+    """A model ready to make pictures.
+
+    path: a file, a folder or a hub id (`owner/name`); None is the embedded model. Only a hub id uses the network.
+    device: None takes CUDA, then MPS, then the CPU. dtype: None is float32 on the CPU and float16 elsewhere.
+    prediction, allow_pickle, variant, revision, vae, ema: as in `checkpoints.io.load_parts`. compile: with torch.compile.
+    Errors: FileNotFoundError; ValueError for an unknown device or dtype, and CheckpointError for a file that cannot be used.
+    """
+    place = best_device() if device is None else checked_device(device)
+    kind = best_dtype(place) if dtype is None else checked_dtype(dtype)
+    parts = load_parts(
+        embedded() if path is None else path,
+        prediction=prediction,
+        allow_pickle=allow_pickle,
+        variant=variant,
+        revision=revision,
+        vae=vae,
+        ema=ema,
+    )
+    upcast = kind == torch.float16 and getattr(parts.spec.vae, "force_upcast", False)  # SDXL's overflows in float16 alone
+    unet = parts.unet.to(place, kind)
+    return Pipeline(
+        unet=unet,
+        vae=parts.vae.to(place, torch.float32 if upcast else kind),
+        text=TextEncoder(tuple(t.to(place, kind) for t in parts.text_encoders), parts.tokenizers, parts.spec),
+        spec=parts.spec,
+        title="embedded" if path is None else parts.title,
+        network=torch.compile(unet) if compile else None,  # type: ignore[arg-type]
+    )
+
+
+def embedded() -> Path:
+    """The folder of the embedded model: in the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    places = (package / "weights", package.parent / "weights")
+    for place in places:
+        if (place / "model_index.json").is_file():
+            return place
+    raise FileNotFoundError(
+        f"the embedded model is neither in {places[0]} nor in {places[1]}: install the package again, or name a model: load(path)"
+    )
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"device must be cpu, cuda, mps or another that this torch has, got {device!r} ({first})") from None
+    return place
+
+
+def checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    for name, found in DTYPES.items():
+        if dtype in (name, found):
+            return found
+    raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

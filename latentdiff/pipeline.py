@@ -1,0 +1,317 @@
+"""Prompt -> conditions -> sampler -> pixels: the only place that knows all the parts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentdiff import __version__, images, request
+from latentdiff.checkpoints.families import ModelSpec, ScheduleSpec
+from latentdiff.conditioning import Cond, TextEncoder
+from latentdiff.diffusion import schedules
+from latentdiff.diffusion.denoiser import Denoise, Denoiser, Network
+from latentdiff.diffusion.guidance import guided
+from latentdiff.diffusion.samplers import Randn, Step
+from latentdiff.images import Images
+from latentdiff.models.unet import UNet
+from latentdiff.models.vae import VAE
+from latentdiff.models.vae_tiny import TinyVAE
+from latentdiff.request import Request
+
+T = TypeVar("T")
+BATCH = 8  # pictures in one network call where no other number is asked for; on a CPU 1
+
+
+class Part(Protocol):
+    """What holds weights: a network, or the text encoder with its towers."""
+
+    def parameters(self) -> Iterator[Tensor]: ...
+    def float(self) -> Any: ...
+
+
+M = TypeVar("M", bound=Part)
+
+
+class NonFiniteError(FloatingPointError):
+    """A stage gave NaN or infinity in float32, so that there is no picture. The message names the stage."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(f"the {stage} gave NaN or infinity, in float32: its weights or its input are damaged; no picture was made")
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """A step of a run: its index, the level it arrived at, the state there and the last x0 estimate; and what they look like."""
+
+    i: int
+    steps: int
+    sigma: Tensor
+    x: Float[Tensor, "b c h w"]
+    x0: Float[Tensor, "b c h w"]
+    pipe: Pipeline
+    request: Request
+
+    def preview(self) -> Images:
+        """The estimate of the finished pictures, decoded."""
+        return self.pipe.pictures(self.x0, self.request)
+
+    def images(self) -> Images:
+        """The state as it is, decoded, with its recipes: after the last step, the result."""
+        return self.pipe.pictures(self.x / (1 + self.sigma**2).sqrt(), self.request)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pipeline:
+    """A loaded model. It keeps nothing of a call: threads may share one."""
+
+    unet: UNet
+    vae: VAE | TinyVAE
+    text: TextEncoder
+    spec: ModelSpec
+    title: str
+    network: Network | None = None  # what runs in the loop in the U-Net's place: the U-Net compiled
+
+    @cached_property
+    def schedule(self) -> schedules.NoiseSchedule:
+        return noise_schedule(self.spec.schedule)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] | None = None,
+        guidance: float | None = None,
+        rescale: float = 0.0,
+        steps: int | None = None,
+        sampler: str | Callable[..., Iterator[Step]] | None = None,
+        spacing: str | Sequence[float] | None = None,
+        eta: float | None = None,
+        seed: int | None = None,
+        n: int = 1,
+        size: int | tuple[int, int] | None = None,
+        batch: int | None = None,
+        progress: bool = True,
+    ) -> Images:
+        """Pictures from text. Picture k is the one that `seed + k` alone gives, on a CPU to the last bit.
+
+        prompt: a text, or several: `n` pictures of each. Any length; nothing is cut. negative: one text, or one a prompt.
+        guidance: how strongly the prompt leads (Ho & Salimans, arXiv 2207.12598); 1 runs the prompt alone, at half the cost.
+        rescale: share, 0 to 1, of Lin et al.'s correction of overexposure (arXiv 2305.08891, eq. 16).
+        steps: 1 to the schedule's 1000. sampler: a name in SAMPLERS, or a function like those. eta: 0 to 1, noise of samplers that
+        take it. spacing: a name in SPACINGS, or the steps + 1 noise levels themselves.
+        seed: 0 to 2^64 − 1; None and −1 draw one, which the recipe reports. size: a side, or (width, height), in pixels.
+        batch: pictures in one network call; 1 on a CPU and 8 elsewhere, unless given. progress: a bar on stderr.
+        None is the model's own value: 7.5, 30 steps, "ddim", native size for most.
+        Errors: TypeError and ValueError before any computing; NonFiniteError.
+        """
+        asked = request.request(
+            self.spec,
+            self.schedule,
+            self.vae.factor,
+            prompt=prompt,
+            negative=negative,
+            guidance=guidance,
+            rescale=rescale,
+            steps=steps,
+            sampler=sampler,
+            spacing=spacing,
+            eta=eta,
+            seed=seed,
+            n=n,
+            size=size,
+            batch=batch,
+        )
+        return finished(self.run(asked), asked.steps, progress)
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] | None = None,
+        guidance: float | None = None,
+        rescale: float = 0.0,
+        steps: int | None = None,
+        sampler: str | Callable[..., Iterator[Step]] | None = None,
+        spacing: str | Sequence[float] | None = None,
+        eta: float | None = None,
+        seed: int | None = None,
+        n: int = 1,
+        size: int | tuple[int, int] | None = None,
+        batch: int | None = None,
+    ) -> Iterator[Progress]:
+        """The steps of `pipe(...)`, one by one: look in, preview, stop. Arguments are checked now, not at the first step.
+
+        Where the U-Net overflows its dtype, the run starts again at step 0 in float32.
+        """
+        asked = request.request(
+            self.spec,
+            self.schedule,
+            self.vae.factor,
+            prompt=prompt,
+            negative=negative,
+            guidance=guidance,
+            rescale=rescale,
+            steps=steps,
+            sampler=sampler,
+            spacing=spacing,
+            eta=eta,
+            seed=seed,
+            n=n,
+            size=size,
+            batch=batch,
+        )
+        return self.run(asked)
+
+    @torch.no_grad()
+    def run(self, asked: Request, start: Callable[[Randn], Tensor] | None = None) -> Iterator[Progress]:
+        """Walk the request's grid from `start(randn)`, a state at its first level; by default from pure noise."""
+        conds = self.conditions(asked)
+        last = yield from self._walk(self.unet, conds, asked, start)
+        if not finite(last.x):
+            last = yield from self._walk(in_float32("U-Net", self.unet), conds, asked, start)
+        if not finite(last.x):
+            raise NonFiniteError("U-Net")
+
+    def _walk(
+        self, unet: UNet, conds: list[tuple[Cond, Cond]], asked: Request, start: Callable[[Randn], Tensor] | None
+    ) -> Generator[Progress, None, Step]:
+        """All steps with this U-Net; returns the last."""
+        randn, step = request.randn(asked.seeds), None
+        x = self.noise(asked, randn) if start is None else start(randn)
+        for step in asked.sample(self.denoise(unet, conds, asked), x, randn):
+            yield Progress(step.i, asked.steps, step.sigma, step.x, step.x0, self, asked)
+        if step is None:
+            raise ValueError(f"sampler must yield at least one Step, got none from {asked.sampler}")
+        return step
+
+    def noise(self, asked: Request, randn: Randn) -> Float[Tensor, "b c h w"]:
+        """Pure noise at the first level of the grid, with the variance that the network was trained on."""
+        width, height = (side // self.vae.factor for side in asked.size)
+        x = torch.empty(len(asked), self.spec.vae.latent_channels, height, width, device=self.device)
+        return randn(x) * (1 + asked.sigmas[0] ** 2).sqrt()
+
+    def conditions(self, asked: Request) -> list[tuple[Cond, Cond]]:
+        """Conditions of the prompt and of the negative for every picture; each pair of texts is encoded once, by itself."""
+        known: dict[tuple[str, str], tuple[Cond, Cond]] = {}
+        for prompt, negative in zip(asked.prompts, asked.negatives, strict=True):
+            if (prompt, negative) not in known:
+                known[prompt, negative] = sound(
+                    "text encoder",
+                    self.text,
+                    lambda text, prompt=prompt, negative=negative: text.encode(prompt, negative, size=asked.size),
+                    lambda pair: all(cond.finite() for cond in pair),
+                )
+        return [known[pair] for pair in zip(asked.prompts, asked.negatives, strict=True)]
+
+    def denoise(self, unet: UNet, conds: list[tuple[Cond, Cond]], asked: Request) -> Denoise:
+        """(x, sigma) -> x0 for the whole batch, in groups that go through the network together.
+
+        On a CPU each picture is a group: products of other shapes round otherwise, and a picture would depend on its neighbours.
+        """
+        network = self.network if self.network is not None and unet is self.unet else unet
+        dtype = next(unet.parameters()).dtype
+        denoiser = Denoiser(network, self.schedule, self.spec.prediction, dtype)
+        groups = grouped(conds, asked.batch or (1 if self.device.type == "cpu" else BATCH))
+        denoises = []
+        for group in groups:
+            cond, uncond = (joined(half).to(dtype=dtype) for half in zip(*group, strict=True))
+            denoises.append(guided(denoiser, cond.project(unet), uncond.project(unet), asked.rule))
+        sizes = [len(group) for group in groups]
+        return lambda x, sigma: torch.cat([d(part, sigma) for d, part in zip(denoises, x.split(sizes), strict=True)])
+
+    @torch.no_grad()
+    def pictures(self, z: Float[Tensor, "b c h w"], asked: Request) -> Images:
+        """Latents decoded, each with its recipe."""
+        decoded = [image for latent in z.split(1) for image in images.to_pil(self.decode(latent))]
+        for k, image in enumerate(decoded):
+            extra = {"Model": self.title, "Version": f"latentdiff {__version__}"}
+            image.info["parameters"] = images.write_parameters(asked.recipe(k), extra)
+        return Images(decoded)
+
+    @torch.no_grad()
+    def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        """Pictures in about [-1, 1] of scaled latents, float32."""
+
+        def run(vae: VAE | TinyVAE) -> Tensor:
+            return vae.decode(z.to(next(vae.parameters()).dtype)).float()
+
+        return sound("VAE", self.vae, run, finite)
+
+
+def finished(run: Iterator[Progress], steps: int, progress: bool) -> Images:
+    """The pictures of a run's last step; a bar on stderr shows how far it is."""
+    from tqdm import tqdm
+
+    last = None
+    with tqdm(total=steps, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+        for last in run:
+            bar.update(last.i + 1 - bar.n)
+    assert last is not None
+    return last.images()
+
+
+def grouped(items: Sequence[tuple[Cond, Cond]], most: int) -> list[list[tuple[Cond, Cond]]]:
+    """Neighbours of one length in groups of at most `most`: contexts of different lengths do not fit in one tensor."""
+    groups: list[list[tuple[Cond, Cond]]] = []
+    for item in items:
+        if groups and len(groups[-1]) < most and groups[-1][-1][0].tokens == item[0].tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def joined(conds: Sequence[Cond]) -> Cond:
+    first, *rest = conds
+    for cond in rest:
+        first = first.join(cond)
+    return first
+
+
+def finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
+
+
+def sound(stage: str, part: M, compute: Callable[[M], T], is_sound: Callable[[T], bool]) -> T:
+    """compute(part), and once more in float32 if the result is not finite. Errors: NonFiniteError that names the stage."""
+    result = compute(part)
+    if not is_sound(result):
+        result = compute(in_float32(stage, part))
+    if not is_sound(result):
+        raise NonFiniteError(stage)
+    return result
+
+
+def in_float32(stage: str, part: M) -> M:
+    """A float32 copy of a part of the model that overflowed its own dtype. Errors: NonFiniteError if float32 it was."""
+    dtype = next(iter(part.parameters())).dtype
+    if dtype == torch.float32:
+        raise NonFiniteError(stage)
+    warnings.warn(f"the {stage} gave NaN or infinity in {dtype}; computing again in float32", stacklevel=2)
+    return copy.deepcopy(part).float()
+
+
+def noise_schedule(spec: ScheduleSpec) -> schedules.NoiseSchedule:
+    """The noise levels that a model's spec describes."""
+    if spec.kind == "cosine":
+        found = schedules.cosine(spec.steps)
+    else:
+        make = schedules.linear if spec.kind == "linear" else schedules.scaled_linear
+        found = make(spec.steps, spec.beta_start, spec.beta_end)
+    return schedules.zero_snr(found) if spec.zero_snr else found

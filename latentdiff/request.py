@@ -1,0 +1,227 @@
+"""What `pipe(...)` is asked for: every argument checked, and completed by the model's own defaults, before anything is computed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentdiff.checkpoints.families import ModelSpec
+from latentdiff.diffusion.guidance import Rule, cfg, cfg_rescale
+from latentdiff.diffusion.samplers import SAMPLERS, Randn, Step
+from latentdiff.diffusion.schedules import NoiseSchedule, grid
+
+MAX_PROMPT = 100_000  # characters, about 25,000 tokens
+MAX_SIDE = 16_384  # pixels
+MAX_PICTURES = 10_000
+SEEDS = 2**64
+STEPS, SAMPLER, GUIDANCE = 30, "ddim", 7.5  # where neither the caller nor the model says anything
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """Pictures to make, all of one size and with one sampler. Prompts, negatives and seeds are one a picture."""
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    seeds: tuple[int, ...]
+    guidance: float
+    rescale: float
+    steps: int
+    sampler: str | Callable[..., Iterator[Step]]
+    spacing: str | list[float]
+    eta: float | None
+    size: tuple[int, int]  # width, height in pixels
+    batch: int | None
+    sigmas: Float[Tensor, " steps+1"]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def rule(self) -> Rule | None:
+        """How the two estimates are combined; None where the prompt's alone is wanted."""
+        if self.guidance == 1:
+            return None
+        return cfg_rescale(self.guidance, self.rescale) if self.rescale else cfg(self.guidance)
+
+    def sample(self, denoise, x: Tensor, randn) -> Iterator[Step]:
+        """The sampler at work."""
+        sampler = SAMPLERS[self.sampler] if isinstance(self.sampler, str) else self.sampler
+        options = {} if self.eta is None else {"eta": self.eta}
+        return sampler(denoise, x, self.sigmas, randn=randn, **options)
+
+    def recipe(self, k: int) -> dict[str, Any]:
+        """The keywords of `pipe` that make picture k alone."""
+        name = self.sampler if isinstance(self.sampler, str) else getattr(self.sampler, "__name__", type(self.sampler).__name__)
+        recipe = {
+            "prompt": self.prompts[k],
+            "negative": self.negatives[k] or None,
+            "steps": self.steps,
+            "sampler": name,
+            "spacing": self.spacing,
+            "eta": self.eta,
+            "guidance": self.guidance,
+            "rescale": self.rescale or None,
+            "seed": self.seeds[k],
+            "size": self.size,
+        }
+        return {key: value for key, value in recipe.items() if value is not None}
+
+
+def request(
+    spec: ModelSpec,
+    schedule: NoiseSchedule,
+    factor: int,
+    *,
+    prompt: str | Sequence[str],
+    negative: str | Sequence[str] | None,
+    guidance: float | None,
+    rescale: float,
+    steps: int | None,
+    sampler: str | Callable[..., Iterator[Step]] | None,
+    spacing: str | Sequence[float] | None,
+    eta: float | None,
+    seed: int | None,
+    n: int,
+    size: int | tuple[int, int] | None,
+    batch: int | None,
+) -> Request:
+    """Check and complete the arguments of `pipe(...)`; `factor` is the pixels along the side of a latent.
+
+    Errors: ValueError that names the argument, what was given and what is allowed.
+    """
+    if spec.task != "text":
+        raise ValueError(f"prompt alone is not enough: this model ({spec.name}) works on a picture, which must be given")
+    prompts = texts("prompt", prompt)
+    negatives = [""] * len(prompts) if negative is None else texts("negative", negative)
+    if isinstance(negative, str):
+        negatives = negatives * len(prompts)
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative must be one text, or one a prompt ({len(prompts)}), got {len(negatives)}")
+    n = integer("n", n, 1, MAX_PICTURES // len(prompts))
+    own = spec.sampling
+    steps = integer("steps", first(steps, own.steps, STEPS), 1, len(schedule))
+    chosen = checked_sampler(first(sampler, own.sampler, SAMPLER))
+    spacing = first(spacing, own.spacing)
+    spacing = spacing if isinstance(spacing, str) else numbers("spacing", spacing)
+    return Request(
+        prompts=tuple(p for p in prompts for _ in range(n)),
+        negatives=tuple(p for p in negatives for _ in range(n)),
+        seeds=seeds(seed, n * len(prompts)),
+        guidance=number("guidance", first(guidance, own.guidance, GUIDANCE)),
+        rescale=number("rescale", rescale, 0, 1),
+        steps=steps,
+        sampler=chosen,
+        spacing=spacing,
+        eta=checked_eta(eta, chosen),
+        size=checked_size(first(size, spec.size), factor),
+        batch=None if batch is None else integer("batch", batch, 1, MAX_PICTURES),
+        sigmas=grid(schedule, steps, spacing, offset=own.steps_offset, final=own.final),
+    )
+
+
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(v for v in values if v is not None)
+
+
+def texts(name: str, value: str | Sequence[str]) -> list[str]:
+    """One text or several, none of them huge, all of them proper Unicode."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(t, str) for t in given):
+        raise ValueError(f"{name} must be a text or a list of texts, got {shown(value)}")
+    if not given:
+        raise ValueError(f"{name} must be a text or a list of at least one text, got an empty list")
+    for text in given:
+        if len(text) > MAX_PROMPT:
+            raise ValueError(f"{name} must have at most {MAX_PROMPT:,} characters, got {len(text):,}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{name} must be proper Unicode, got half a surrogate pair in {shown(text)}")
+    return list(given)
+
+
+def integer(name: str, value: Any, low: int, high: int) -> int:
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool) or not low <= found <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, got {shown(value)}")
+    return found
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    try:
+        found = None if isinstance(value, str | bytes | bool) else float(value)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not math.isfinite(found) or not low <= found <= high:
+        allowed = "a finite number" if low == -math.inf else f"a number from {low} to {high}"
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return found
+
+
+def numbers(name: str, value: Any) -> list[float]:
+    try:
+        return [number(name, v) for v in (value.tolist() if isinstance(value, Tensor) else value)]
+    except TypeError:
+        raise ValueError(f"{name} must be a name or a list of numbers, got {shown(value)}") from None
+
+
+def checked_sampler(sampler: Any) -> Any:
+    if not callable(sampler) and not (isinstance(sampler, str) and sampler in SAMPLERS):
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a function, got {shown(sampler)}")
+    return sampler
+
+
+def checked_eta(eta: Any, sampler: str | Callable[..., Iterator[Step]]) -> float | None:
+    """None leaves the sampler's own; a sampler that has none refuses every other value."""
+    if eta is None:
+        return None
+    found = number("eta", eta, 0, 1)
+    if "eta" not in inspect.signature(SAMPLERS[sampler] if isinstance(sampler, str) else sampler).parameters:
+        raise ValueError(f"eta must be None for the sampler {sampler}, which has no such option, got {shown(eta)}")
+    return found
+
+
+def checked_size(size: Any, factor: int) -> tuple[int, int]:
+    """(width, height) in pixels; each a multiple of what one latent stands for."""
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    sides = [s for s in pair if isinstance(s, int) and not isinstance(s, bool) and factor <= s <= MAX_SIDE and s % factor == 0]
+    if len(pair) != 2 or len(sides) != 2:
+        allowed = f"in multiples of {factor} from {factor} to {MAX_SIDE} pixels"
+        raise ValueError(f"size must be one side, or (width, height), {allowed}, got {shown(size)}")
+    return sides[0], sides[1]
+
+
+def seeds(seed: Any, n: int) -> tuple[int, ...]:
+    """A seed a picture: seed, seed + 1, … modulo 2^64. None and −1 draw the first, in 32 bits: torch's CPU uses no more."""
+    if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and seed == -1):
+        seed = random.SystemRandom().randrange(2**32)
+    first = integer("seed", seed, 0, SEEDS - 1)
+    return tuple((first + k) % SEEDS for k in range(n))
+
+
+def randn(seeds: Sequence[int]) -> Randn:
+    """Standard normal noise like x, drawn for each picture from its own generator, on the CPU and in float32: devices agree."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)
+
+    return draw
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, shortened."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"
