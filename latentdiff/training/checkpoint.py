@@ -1,22 +1,25 @@
 """Atomic, pickle-free training checkpoints.
 
 A checkpoint is a folder `step-00012000/` of safetensors and one JSON. It is written beside its final name, flushed to the disk and
-renamed, and only then are older ones removed: a process killed at any moment leaves the newest complete checkpoint loadable.
+renamed, and only then are older ones removed, which first lose their names: whatever is called `step-…` is whole, at any moment.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from latentdiff.checkpoints.files import read_json, write_json, write_safetensors
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -27,26 +30,29 @@ class Checkpoint:
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
-    state: Mapping
+    state: Mapping[str, Any]
 
 
 def save(run: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Write `run`/step-N atomically, then remove all but the newest `keep`. Returns the folder."""
+    """Write `run`/step-N atomically, then remove all but the newest `keep`. Returns the folder.
+
+    Errors: FileExistsError if the run has a checkpoint of that step.
+    """
     final = run / f"step-{checkpoint.step:08d}"
+    if final.exists():
+        raise FileExistsError(f"{final}: this step is saved already")
+    for unfinished in run.glob(".step-*"):  # of a process that was killed
+        shutil.rmtree(unfinished)
     beside = run / f".{final.name}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     for group, tensors in checkpoint.tensors.items():
-        save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, beside / f"{group}.safetensors")
-    (beside / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
-    for path in [*beside.iterdir(), beside]:
-        _fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(beside, final)
+        write_safetensors(beside / f"{group}.safetensors", tensors)
+    write_json(beside / "state.json", {"step": checkpoint.step, **checkpoint.state})
+    _fsync(beside)
+    beside.rename(final)
     _fsync(run)
     for old in _steps(run)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(run / f".{old.name}.old"))
     return final
 
 
@@ -58,7 +64,7 @@ def latest(run: Path) -> Path | None:
 
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint folder back; all tensors on the CPU."""
-    state = json.loads((folder / "state.json").read_text())
+    state = read_json(folder / "state.json")
     tensors = {f.stem: load_file(f) for f in sorted(folder.glob("*.safetensors"))}
     return Checkpoint(step=state["step"], tensors=tensors, state=state)
 
@@ -69,20 +75,33 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], params: Mapping[str, nn.Parameter]) -> None:
-    """The inverse of `optimizer_tensors`; step counters stay on the CPU, moments go to their parameter's device."""
+    """The inverse of `optimizer_tensors`, for fused optimisers: step counters lie on their parameter's device, too."""
     for flat, value in tensors.items():
         name, key = flat.rsplit("/", 1)
-        p = params[name]
-        optimizer.state[p][key] = (
-            value.clone() if value.ndim == 0 else value.to(p.device).clone(memory_format=torch.preserve_format)
+        optimizer.state[params[name]][key] = (
+            value.to(params[name].device, copy=True) if value.ndim == 0 else laid_out_as(params[name], value)
         )
+
+
+def laid_out_as(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value` with p's strides. Fused kernels walk both as flat memory: under other strides (files know none,
+    parameters are channels-last) every number would meet a wrong neighbour."""
+    return torch.empty_like(p, requires_grad=False).copy_(value)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A short name for these very weights."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode() + tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def _steps(run: Path) -> list[Path]:
     return sorted(p for p in run.iterdir() if _NAME.fullmatch(p.name)) if run.is_dir() else []
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+def _fsync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)

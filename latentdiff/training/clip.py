@@ -17,7 +17,7 @@ from latentdiff.checkpoints.files import write_json, write_safetensors
 from latentdiff.models.text import Tokenizer, TowerSpec
 from latentdiff.training.data import batches, open_source
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, fit
+from latentdiff.training.loop import LoopConfig, fit, once
 from latentdiff.training.vae import to_float
 
 
@@ -48,7 +48,16 @@ class CLIPTraining(LoopConfig):
     freeze_text: bool = False
     """Train the image tower alone (Zhai et al., arXiv 2111.07991): for when a U-Net already listens to the text tower."""
     start: Path | None = None
-    """Begin with the CLIP of this model folder instead of new weights."""
+    """Begin with the CLIP of this model folder, its sizes and its vocabulary, instead of new weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, whole, part in (("size", "patch", self.patch), ("width", "heads", self.heads)):
+            if part < 1 or getattr(self, name) < part or getattr(self, name) % part:
+                raise ValueError(f"{name} must be a multiple of {whole} ({part}), got {getattr(self, name)!r}")
+        for name, low in (("text_layers", 1), ("image_layers", 1), ("vocab", 2 * 256 + 2), ("length", 3)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
 
 
 class TwoTowers(nn.Module):
@@ -114,7 +123,10 @@ def build_clip(config: CLIPTraining, words: Tokenizer) -> nn.Module:
 
 
 def train_clip(config: CLIPTraining) -> nn.Module:
-    """Train, resume or finish a CLIP; at the end `out/model` holds `text_encoder/`, `tokenizer/` and `clip/`."""
+    """Train, resume or finish a CLIP; when it stops, `out/model` holds `text_encoder/`, `tokenizer/` and `clip/`.
+
+    Returns transformers' CLIPModel on the training device. Errors: as `fit`, and those of loading the data.
+    """
     from open_clip.loss import ClipLoss
 
     source = open_source(config.data, size=config.size, compose=config.compose)
@@ -126,31 +138,35 @@ def train_clip(config: CLIPTraining) -> nn.Module:
 
     def stream(start: int, rank: int, world: int) -> Iterator[Any]:
         shared.rank, shared.world_size = rank, world
-        return batches(source, config.batch // world, seed=config.seed, start=start, rank=rank, world=world)
+        return batches(source, config.batch // world, seed=config.seed, start=start, rank=rank, world=world, workers=config.workers)
 
     shared = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)
 
-    def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         device = next(model.parameters()).device
         images, texts, scale = model(token_ids(words, batch[1]).to(device), to_float(batch[0]).to(device))
         value = shared(images.float(), texts.float(), scale.float().clamp(max=100))
-        right = (images @ texts.T).argmax(1).cpu() == torch.arange(len(images))
-        return value, {"scale": scale.item(), "top1": right.float().mean().item()}
+        right = (images @ texts.T).argmax(1) == torch.arange(len(images), device=device)
+        return value, {"scale": scale.detach(), "top1": right.float().mean()}
 
     trained = fit(TwoTowers(clip), loss, stream, config, meta={"network": "clip", "sizes": clip.config.to_json_string()}).clip
-    save_clip(trained, words, config.out / "model")
+    once(lambda: save_clip(trained, words, config.out / "model"))
     return trained
 
 
 def _vocabulary(config: CLIPTraining, source: Any) -> Tokenizer:
-    """The vocabulary of an earlier start of this run, of `start`, or one learnt from 10,000 captions."""
-    for folder in (config.out / "tokenizer", *([config.start / "tokenizer"] if config.start else [])):
-        if folder.is_dir():
-            return tokenizer.read(folder)[0]
+    """The vocabulary of `start`, of an earlier start of this run, or one learnt from 10,000 captions."""
+    folder = (config.start or config.out) / "tokenizer"
+    once(lambda: _learn_missing(folder, config, source))
+    return tokenizer.read(folder)[0]
+
+
+def _learn_missing(folder: Path, config: CLIPTraining, source: Any) -> None:
+    if config.start or (folder / "tokenizer_config.json").is_file():  # the file that is written last
+        return
     captions = Counter(source.get(i % len(source), 7 + i // len(source))[1] for i in range(10_000))
     words = learn_vocabulary((c for c, n in captions.items() for _ in range(n)), config.vocab, config.length)
-    tokenizer.write(config.out / "tokenizer", words, words.end_id)
-    return words
+    tokenizer.write(folder, words, words.end_id)
 
 
 def save_clip(clip: Any, words: Tokenizer, folder: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class EMA:
-    """shadow <- d · shadow + (1 − d) · weights, with the warm-up d = min(decay, (1 + n) / (10 + n)) of the LDM code.
+    """shadow <- d · shadow + (1 − d) · weights, with the warm-up d = min(decay, (1 + n) / (10 + n)) after n updates.
 
+    The warm-up (TensorFlow's ExponentialMovingAverage has it, and the latent diffusion code) soon forgets the first weights.
     `model` is a copy of the network that holds the averaged weights, in eval mode: sample from it, save it.
     """
 
@@ -22,12 +23,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Take the weights of `model`, which has the parameters and buffers of the averaged one; buffers are copied as they are."""
         d = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        own, new = list(self.model.parameters()), [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(own, new, 1 - d)
-        for a, b in zip(self.model.buffers(), model.buffers(), strict=True):
-            a.copy_(b)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - d)
+        for own, new in zip(self.model.buffers(), model.buffers(), strict=True):
+            own.copy_(new)

@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latentdiff.checkpoints.files import write_text
 from latentdiff.training import checkpoint
 from latentdiff.training.ema import EMA
 
-Loss = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Mapping[str, float]]]
+Loss = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
+"""(network, batch, noise source) -> (scalar to minimise, 0-dim tensors for the log)"""
+
+LOG_EVERY = 10  # steps between lines of metrics.jsonl, and between looks at the clock
+HOPELESS = 50  # losses in a row that are not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class LoopConfig:
     lr: float = 4e-4
     """Peak learning rate: linear warm-up, then cosine down to `lr_end` times it."""
     lr_end: float = 0.05
-    """Fraction of `lr` that is left at the last step."""
+    """Fraction of `lr` that is left at the end."""
     warmup: int = 200
     """Steps of linear warm-up."""
     weight_decay: float = 0.01
@@ -56,6 +61,8 @@ class LoopConfig:
     """Autocast type; auto takes bf16 where the machine has it natively."""
     compile: bool = False
     """torch.compile the network."""
+    workers: int = 0
+    """Processes that prepare pictures ahead, for each training process; they change nothing but the speed."""
     save_every: int = 500
     """Steps between checkpoints."""
     sample_every: int = 500
@@ -68,11 +75,26 @@ class LoopConfig:
     """Also write TensorBoard events (needs the `tensorboard` extra)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every", "sample_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be a positive number, got {self.lr!r}")
+        for low, names in (
+            (1, ("steps", "batch", "save_every", "sample_every", "keep")),
+            (0, ("warmup", "workers", "weight_decay")),
+        ):
+            for name in names:
+                if not getattr(self, name) >= low:
+                    raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
+        for name in ("lr", "clip_grad"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes must be a positive number or None, got {self.max_minutes!r}")
+        if not 0 <= self.lr_end <= 1:
+            raise ValueError(f"lr_end must lie in [0, 1], got {self.lr_end!r}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed!r}")
+        if self.precision not in ("auto", "no", "bf16"):
+            raise ValueError(f"precision must be auto, no or bf16, got {self.precision!r}")
 
 
 def native_bf16() -> bool:
@@ -82,8 +104,25 @@ def native_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def processes() -> PartialState:
+    """Which process this is, of how many. accelerate joins processes without a GPU only if it is told `cpu`."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def once(work: Callable[[], object]) -> None:
+    """Do it on the main process, while the others wait: for what all of them read afterwards."""
+    if processes().is_main_process:
+        work()
+    processes().wait_for_everyone()
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 where `precision` (LoopConfig's) wants it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native_bf16()))
+
+
 def learning_rate(config: LoopConfig, step: int) -> float:
-    """Linear warm-up to lr, then half a cosine to lr · lr_end at the last step."""
+    """Linear warm-up to lr, then half a cosine down to lr · lr_end at `steps`. step counts from 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -104,39 +143,50 @@ def fit(
     meta: Mapping[str, Any] | None = None,
     sample: Callable[[nn.Module, Path], None] | None = None,
 ) -> nn.Module:
-    """Train `model` and return its averaged weights' network.
+    """Train `model`, or resume the run in `config.out`, and return the network with the averaged weights.
 
-    loss(model, batch, generator) -> (scalar, metrics). batches(start, rank, world) -> batches of this process from step `start` on.
-    sample(ema model, png path) draws a grid. meta goes into every checkpoint's state.json.
-    Errors: FloatingPointError after 50 non-finite losses in a row; single ones are skipped and never reach the weights or the EMA.
+    batches(start, rank, world) -> the batches, of config.batch // world, of this process from step `start` on.
+    sample(averaged network, png path) draws a grid, on the main process.
+    meta goes into every checkpoint; a run with another meta is not resumed.
+    Errors: ValueError for such a run, or a batch that the processes cannot share; FloatingPointError after 50 non-finite losses in
+    a row (single ones are skipped, and reach neither weights nor moments nor the average).
     """
-    precision = ("bf16" if native_bf16() else "no") if config.precision == "auto" else config.precision
-    accelerator = Accelerator(mixed_precision=precision)
-    run = _Run(model.to(accelerator.device, memory_format=torch.channels_last), config, accelerator, meta or {})
-    if run.step >= config.steps:
-        return run.ema.model
-    stream = batches(run.step, accelerator.process_index, accelerator.num_processes)
-    bar = tqdm(total=config.steps, initial=run.step, disable=not accelerator.is_main_process, dynamic_ncols=True, mininterval=2)
-    began, skipped = time.monotonic(), 0
-    while run.step < config.steps:
+    processes()
+    accelerator = Accelerator(mixed_precision="no")  # autocast is ours: one process may train in several precisions in turn
+    if config.batch % accelerator.num_processes:
+        raise ValueError(f"batch must be a multiple of the {accelerator.num_processes} processes, got {config.batch}")
+    run = _Run(model.to(accelerator.device, memory_format=torch.channels_last), config, accelerator, _plain(meta or {}))
+    if run.step < config.steps:
+        stream = batches(run.step, accelerator.process_index, accelerator.num_processes)
+        with tqdm(
+            total=config.steps, initial=run.step, disable=not accelerator.is_main_process, dynamic_ncols=True, mininterval=2
+        ) as bar:
+            _train(run, loss, stream, sample, bar)
+    accelerator.wait_for_everyone()
+    return run.ema.model
+
+
+def _train(run: _Run, loss: Loss, stream: Iterator[Any], sample: Callable[[nn.Module, Path], None] | None, bar: tqdm) -> None:
+    config, main = run.config, run.accelerator.is_main_process
+    began, skipped, last = time.monotonic(), 0, False
+    while not last:
         value, metrics = run.advance(loss, next(stream))
-        skipped = skipped + 1 if not math.isfinite(value) else 0
-        if skipped >= 50:
+        seconds = time.monotonic() - began
+        skipped = 0 if math.isfinite(value) else skipped + 1
+        if skipped == HOPELESS:
             raise FloatingPointError(
-                f"the loss was not finite 50 times in a row, up to step {run.step}; the last checkpoint is sound"
+                f"the loss was not finite {HOPELESS} times in a row, up to step {run.step}; the last checkpoint is sound: "
+                "resume from it with a lower lr"
             )
         bar.update()
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-        run.log({"loss": value, "lr": learning_rate(config, run.step - 1), "seconds": time.monotonic() - began, **metrics})
-        last = run.step == config.steps or (config.max_minutes is not None and time.monotonic() - began > config.max_minutes * 60)
-        if accelerator.is_main_process and (last or run.step % config.save_every == 0):
+        last = run.step == config.steps or run.out_of_time(seconds)
+        if main and (last or run.step % LOG_EVERY == 0):
+            run.log({"loss": value, "lr": learning_rate(config, run.step - 1), "seconds": seconds, **metrics})
+        if main and (last or run.step % config.save_every == 0):
             run.save()
-        if accelerator.is_main_process and sample and (last or run.step % config.sample_every == 0):
+        if main and sample and (last or run.step % config.sample_every == 0):
             sample(run.ema.model, config.out / "samples" / f"step-{run.step:08d}.png")
-        if last:
-            break
-    bar.close()
-    return run.ema.model
 
 
 class _Run:
@@ -153,53 +203,60 @@ class _Run:
         self._resume()
         prepared = torch.compile(model) if config.compile else model
         self.model: nn.Module = accelerator.prepare_model(prepared)  # type: ignore[arg-type]
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "samples").mkdir(exist_ok=True)
-        self.metrics = config.out / "metrics.jsonl"
-        self._trim_metrics()
-        self.board = _tensorboard(config)
+        self.metrics, self.board = config.out / "metrics.jsonl", None
+        if accelerator.is_main_process:
+            (config.out / "samples").mkdir(parents=True, exist_ok=True)
+            self._trim_metrics()
+            self.board = _tensorboard(config)
 
-    def advance(self, loss: Loss, batch: Any) -> tuple[float, Mapping[str, float]]:
-        """One optimiser step; a non-finite loss or gradient leaves weights, moments and EMA as they were."""
+    def advance(self, loss: Loss, batch: Any) -> tuple[float, Mapping[str, Tensor]]:
+        """One optimiser step; a loss or gradient that is not finite, on any process, leaves weights, moments and EMA as they were.
+
+        Returns the loss, averaged over processes (NaN where the step was skipped), and this process's metrics.
+        """
+        rank = self.accelerator.process_index
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout and the like
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        with self.accelerator.autocast():
-            value, metrics = loss(self.model, batch, generator(self.config, self.step, self.accelerator.process_index))
+        with autocast(self.config.precision, self.accelerator.device):
+            value, metrics = loss(self.model, batch, generator(self.config, self.step, rank))
         self.accelerator.backward(value)
         norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.clip_grad)
-        healthy = bool(torch.isfinite(norm)) and bool(torch.isfinite(value))
+        seen = self.accelerator.reduce(torch.stack([value.detach().float(), norm.float()]), "mean")
+        mean, mean_norm = seen.tolist()  # type: ignore[union-attr]
+        healthy = math.isfinite(mean) and math.isfinite(mean_norm)
         if healthy:
             self.optimizer.step()
             self.ema.update(self.raw)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return (float(value.detach()) if healthy else math.nan), metrics
+        return (mean if healthy else math.nan), metrics
 
     def out_of_time(self, seconds: float) -> bool:
         """Whether `max_minutes` are over by the main process's clock; asked every tenth step, so that all stop at the same one."""
-        if self.config.max_minutes is None or self.step % 10:
+        if self.config.max_minutes is None or self.step % LOG_EVERY:
             return False
-        over = torch.tensor([seconds > self.config.max_minutes * 60], device=self.accelerator.device)
+        over = torch.tensor([seconds > self.config.max_minutes * 60], dtype=torch.uint8, device=self.accelerator.device)
         return bool(broadcast(over).item())  # type: ignore[union-attr]
 
-    def log(self, values: Mapping[str, float]) -> None:
-        if not self.accelerator.is_main_process or (self.step % 10 and self.step != self.config.steps):
-            return
-        with self.metrics.open("a") as f:
-            f.write(json.dumps({"step": self.step, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+    def log(self, values: Mapping[str, float | Tensor]) -> None:
+        """A line of metrics.jsonl; what is not finite becomes null, since JSON has no NaN."""
+        numbers = {k: float(f"{float(v):.6g}") for k, v in values.items()}
+        line = {"step": self.step, **{k: v if math.isfinite(v) else None for k, v in numbers.items()}}
+        with self.metrics.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
         if self.board:
-            for k, v in values.items():
+            for k, v in numbers.items():
                 self.board.add_scalar(k, v, self.step)
 
     def save(self) -> None:
         names = {id(p): n for n, p in self.raw.named_parameters()}
         tensors = {
             "model": self.raw.state_dict(),
-            "ema": self.ema.state_dict(),
+            "ema": self.ema.model.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, names),
         }
-        state = {"ema_updates": self.ema.updates, "config": _plain(asdict(self.config)), "meta": _plain(dict(self.meta))}
+        state = {"ema_updates": self.ema.updates, "config": _plain(asdict(self.config)), "meta": self.meta}
         checkpoint.save(self.config.out, checkpoint.Checkpoint(self.step, tensors, state), keep=self.config.keep)
 
     def _resume(self) -> None:
@@ -207,18 +264,20 @@ class _Run:
         if folder is None:
             return
         found = checkpoint.load(folder)
-        if found.state["meta"] != _plain(dict(self.meta)):
-            raise ValueError(f"out: {self.config.out} holds a run of another model or data: {found.state['meta']}, now {self.meta}")
+        if found.state["meta"] != self.meta:
+            then, now = found.state["meta"], self.meta
+            other = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in {**then, **now} if then.get(k) != now.get(k))
+            raise ValueError(f"out: {self.config.out} holds a run of another model or data ({other}); choose a new folder")
         self.raw.load_state_dict(found.tensors["model"])
         self.ema.model.load_state_dict(found.tensors["ema"])
         self.ema.updates, self.step = found.state["ema_updates"], found.step
         checkpoint.load_optimizer(self.optimizer, found.tensors["optimizer"], dict(self.raw.named_parameters()))
 
     def _trim_metrics(self) -> None:
-        """Lines after the checkpoint that a killed run left behind would stand twice."""
-        if self.accelerator.is_main_process and self.metrics.exists():
-            lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            self.metrics.write_text("".join(line + "\n" for line in lines))
+        """Lines after the checkpoint that a killed run left behind would stand twice; its last one may be cut off."""
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            write_text(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
 
 def _tensorboard(config: LoopConfig):

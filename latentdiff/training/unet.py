@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from latentdiff.models.vae import VAE
 from latentdiff.training.clip import token_ids
 from latentdiff.training.data import PictureSource, open_source
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, fit
+from latentdiff.training.loop import LoopConfig, fit, once, processes
 from latentdiff.training.vae import to_float
 
 SHARD = 1000  # pictures a file of latents
@@ -97,7 +96,10 @@ class Contexts:
 
 
 def train_unet(config: UNetTraining) -> UNet:
-    """Train, resume or finish a U-Net; at the end `out/model` is a whole model folder."""
+    """Train, resume or finish a U-Net; when it stops, `out/model` is a whole model folder.
+
+    Returns it on the training device. Errors: as `fit`, and those of loading the data and the other two networks.
+    """
     words, tower = load_tower(config.clip)
     vae = load_vae(config.vae, EMBEDDED, Options(dtype=torch.float32))
     if not isinstance(vae, VAE):
@@ -115,7 +117,7 @@ def train_unet(config: UNetTraining) -> UNet:
     else:
         unet = from_folder(on_meta(UNet, spec.unet), config.start / "unet", Options(dtype=torch.float32), "U-Net").requires_grad_()
 
-    def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         device, n = next(model.parameters()).device, len(batch)
         noise = torch.randn(n, *latents.mean.shape[1:], generator=generator)
         x0 = (latents.mean[batch] + latents.std[batch] * noise) * vae.config.scale
@@ -138,12 +140,9 @@ def train_unet(config: UNetTraining) -> UNet:
         save_grid(draw(model, vae.to(device), tower, words, config, device), path, columns=len(PROMPTS) // 2)
 
     trained = fit(unet, loss, stream, config, meta={"network": "unet", "sizes": repr(spec.unet)}, sample=sample)
-    if PartialState().is_main_process:
-        rest = config.clip / "clip" if (config.clip / "clip" / "config.json").is_file() else None
-        parts = Parts(
-            spec=spec, unet=trained, vae=vae, text_encoders=(tower,), tokenizers=(words,), title=config.out.name, clip=rest
-        )
-        save_folder(parts, config.out / "model")
+    rest = config.clip / "clip" if (config.clip / "clip" / "config.json").is_file() else None
+    parts = Parts(spec=spec, unet=trained, vae=vae, text_encoders=(tower,), tokenizers=(words,), title=config.out.name, clip=rest)
+    once(lambda: save_folder(parts, config.out / "model"))
     return trained
 
 
@@ -191,7 +190,7 @@ def order(seed: int, n: int, start: int, count: int) -> Tensor:
 @torch.no_grad()
 def encode_pictures(vae: VAE, source: PictureSource, config: UNetTraining) -> Latents:
     """Encode `config.pictures` pictures, in shards under `out/latents` that a later start finds again; processes share the work."""
-    state, folder = PartialState(), config.out / "latents"
+    state, folder = processes(), config.out / "latents"
     shards = -(-config.pictures // SHARD)
     folder.mkdir(parents=True, exist_ok=True)
     todo = [k for k in range(shards) if k % state.num_processes == state.process_index and not (folder / f"{k:05d}.txt").exists()]
@@ -223,7 +222,7 @@ def _encode_shard(vae: VAE, source: PictureSource, k: int, n: int, folder: Path,
 @torch.no_grad()
 def encode_captions(tower: TextTower, words: Tokenizer, captions: Sequence[str]) -> Contexts:
     """The tower's states of every distinct caption, once."""
-    device = PartialState().device
+    device = processes().device
     tower = tower.to(device)
     chunks = [captions[i : i + 256] for i in range(0, len(captions), 256)]
     return Contexts(torch.cat([tower(token_ids(words, c).to(device))[0].half().cpu() for c in chunks]))

@@ -19,7 +19,7 @@ from latentdiff.models.initialise import init_for_training
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.data import batches, open_source
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, fit
+from latentdiff.training.loop import LoopConfig, fit, once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class VAETraining(LoopConfig):
     """`latentdiff train vae`."""
 
     data: Path
-    """A built drawing dataset, a folder of pictures, or a WebDataset tar."""
+    """A built drawing dataset, a folder of captioned pictures, or a WebDataset tar."""
     compose: ComposeConfig = field(default_factory=ComposeConfig)
     """How drawings are composed (only for a drawing dataset)."""
     size: int = 128
@@ -46,6 +46,16 @@ class VAETraining(LoopConfig):
     """Weight of the KL divergence, a latent number, in nats."""
     edges: float = 0.5
     """Weight of the L1 difference of picture gradients: keeps outlines sharp, which a plain L1 or L2 blurs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = 2 ** (len(self.widths) - 1)
+        for name, side in (("size", self.size), ("crop", self.crop)):
+            if side is not None and (side < factor or side % factor):
+                raise ValueError(f"{name} must be a multiple of {factor} (one halving less than there are widths), got {side!r}")
+        for name in ("kl", "edges"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
 
 
 class AutoEncoder(nn.Module):
@@ -76,7 +86,10 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def train_vae(config: VAETraining) -> VAE:
-    """Train, resume or finish a VAE; writes `out/model/vae` in the folder layout when the last step is done."""
+    """Train, resume or finish a VAE; when it stops, `out/model/vae` holds it in the folder layout.
+
+    Returns it on the training device. Errors: as `fit`, and those of loading the data.
+    """
     source = open_source(config.data, size=config.size, compose=config.compose)
     sizes = VAEConfig(
         block_out_channels=config.widths,
@@ -91,7 +104,7 @@ def train_vae(config: VAETraining) -> VAE:
     vae = VAE(sizes)
     init_for_training(vae)
 
-    def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         images = crops(batch[0], config.crop, generator).to(next(model.parameters()).device)
         b, _, h, w = images.shape
         factor = vae.factor
@@ -100,10 +113,10 @@ def train_vae(config: VAETraining) -> VAE:
         y, mean, logvar = y.float(), mean.float(), logvar.float()
         rec, kl = reconstruction_loss(images, y, config.edges), kl_loss(mean, logvar)
         psnr = -10 * torch.log10((y.clamp(-1, 1) - images).square().mean() / 4)
-        return rec + config.kl * kl, {"rec": rec.item(), "kl": kl.item(), "psnr": psnr.item()}
+        return rec + config.kl * kl, {"rec": rec.detach(), "kl": kl.detach(), "psnr": psnr.detach()}
 
     def stream(start: int, rank: int, world: int) -> Iterator[Any]:
-        return batches(source, config.batch // world, seed=config.seed, start=start, rank=rank, world=world)
+        return batches(source, config.batch // world, seed=config.seed, start=start, rank=rank, world=world, workers=config.workers)
 
     def sample(model: nn.Module, path: Path) -> None:
         images = to_float(torch.stack([source.get(i * 37 % len(source), 0)[0] for i in range(16)]))
@@ -113,7 +126,7 @@ def train_vae(config: VAETraining) -> VAE:
         save_grid(torch.cat([images, y]).unflatten(0, (2, 2, 8)).transpose(0, 1).flatten(0, 2), path, columns=8)
 
     trained = fit(AutoEncoder(vae), loss, stream, config, meta={"network": "vae", "sizes": repr(sizes)}, sample=sample).vae
-    save_vae(trained, replace(sizes, scale=latent_scale(trained, source)), config.out / "model" / "vae")
+    once(lambda: save_vae(trained, replace(sizes, scale=latent_scale(trained, source)), config.out / "model" / "vae"))
     return trained
 
 
@@ -141,6 +154,7 @@ def to_float(batch: Tensor) -> Tensor:
 def latent_scale(vae: VAE, source: Any, pictures: int = 256) -> float:
     """1 / std of the latents, so that the U-Net sees unit variance (Rombach et al., appendix G)."""
     device = next(vae.parameters()).device
-    images = torch.stack([source.get(i * len(source) // pictures, 1)[0] for i in range(min(pictures, len(source)))])
+    n = min(pictures, len(source))
+    images = torch.stack([source.get(i * len(source) // n, 1)[0] for i in range(n)])
     means = [vae.moments(to_float(part).to(device))[0].float() for part in images.split(32)]
     return 1 / torch.cat(means).std().item()
