@@ -1,0 +1,129 @@
+"""What a file or folder is, without building anything: for `latentdiff inspect`."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from latentdiff.checkpoints import keymap
+from latentdiff.checkpoints.detect import CONV_IN, detect
+from latentdiff.checkpoints.families import ModelSpec
+from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, some_names
+from latentdiff.checkpoints.fill import Options
+from latentdiff.checkpoints.io import locate, open_part, open_single, read_folder, single_sources, tower_folders
+
+LORA_ENDS = (
+    *(".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"),
+    *(".hada_w1_a", ".lokr_w1", ".lokr_w1_a"),
+)
+KINDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (  # a file's kind, by the start or the end of a name in it
+    ("LoRA", (), LORA_ENDS),
+    ("textual inversion", ("string_to_param", "clip_l", "clip_g"), ()),
+    ("ControlNet", ("control_model.", "controlnet_cond_embedding."), ()),
+    ("autoencoder", ("first_stage_model.", "decoder.conv_in", "encoder.conv_in"), ()),
+    ("U-Net of a folder", ("down_blocks.",), ()),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """`parts` counts each part's parameters, `dtypes` the tensors of each dtype; `unknown` are the names that no part takes."""
+
+    path: Path
+    kind: str
+    layout: str
+    spec: ModelSpec | None = None
+    prediction_from: str | None = None
+    parts: Mapping[str, int] = field(default_factory=dict)
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    bytes: int = 0
+    ema: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.path.name}: {self.kind}, {self.layout}, {self.bytes / 2**20:,.1f} MiB"]
+        if (spec := self.spec) is not None:
+            lines += [
+                f"family      {spec.name} ({spec.task}), {spec.size}x{spec.size} pixels, {len(spec.towers)} text tower(s)",
+                f"prediction  {spec.prediction} (from {self.prediction_from or 'a trial run when it is loaded'})",
+                f"schedule    {spec.schedule.kind}, {spec.schedule.steps} steps, zero terminal SNR: {spec.schedule.zero_snr}",
+            ]
+        lines += [f"{part:<11} {count / 1e6:,.2f} M parameters" for part, count in self.parts.items()]
+        lines.append("dtypes      " + ", ".join(f"{d} ({n} tensors)" for d, n in self.dtypes.items()))
+        lines += ["ema         the U-Net's moving average is in the file too"] if self.ema else []
+        for what, names in (("unknown", self.unknown), ("missing", self.missing)):
+            lines.append(f"{what:<11} {f'{len(names)}: {some_names(names)}' if names else 'nothing'}")
+        return "\n".join([*lines, *(f"metadata    {k} = {v[:200]}" for k, v in self.metadata.items())])
+
+
+def inspect(path: str | os.PathLike, *, allow_pickle: bool = False, variant: str | None = None) -> Report:
+    """Family, prediction, sizes, dtypes, metadata and what is unknown, of a file, a folder or a hub id. Reads headers only."""
+    where = locate(path, variant=variant)
+    options = Options(allow_pickle=allow_pickle, variant=variant)
+    return _folder(where, options) if where.is_dir() else _file(where, options)
+
+
+def _folder(folder: Path, options: Options) -> Report:
+    spec, _ = read_folder(folder)
+    files = {name: open_part(folder / name, options) for name in ("unet", "vae", *tower_folders(folder))}
+    return Report(
+        path=folder,
+        kind="model",
+        layout="folder",
+        spec=spec,
+        prediction_from="scheduler_config.json" if (folder / "scheduler" / "scheduler_config.json").is_file() else "default",
+        parts={name: _parameters(file.entries.values()) for name, file in files.items()},
+        dtypes=_dtypes(e for file in files.values() for e in file.entries.values()),
+        bytes=sum(file.bytes for file in files.values()),
+        metadata={k: v for file in files.values() for k, v in file.metadata.items()},
+    )
+
+
+def _file(path: Path, options: Options) -> Report:
+    file = open_single(path, options.allow_pickle)
+    common = {
+        "path": path,
+        "layout": "single file",
+        "dtypes": _dtypes(file.entries.values()),
+        "bytes": file.bytes,
+        "ema": any(name.startswith(keymap.EMA_PREFIX) for name in file.entries),
+        "metadata": {k: v for k, v in file.metadata.items() if k != "latentdiff"},
+    }
+    if CONV_IN not in file.entries:
+        parts = {"all": _parameters(file.entries.values())}
+        return Report(kind=_kind(file), parts=parts, **common)
+    try:
+        found = detect(file)
+    except CheckpointError as error:
+        return Report(kind=f"model that latentdiff does not run ({error})", **common)
+    plan = single_sources(found.spec, found.layout)
+    taken = {part: {s.name for s in sources.values()} for part, sources in plan.items()}
+    every = set().union(*taken.values())
+    return Report(
+        kind="model",
+        spec=found.spec,
+        prediction_from=found.evidence,
+        parts={part: _parameters(file.entries[n] for n in names if n in file.entries) for part, names in taken.items()},
+        unknown=tuple(n for n in file.entries if n not in every and not keymap.ignorable(n)),
+        missing=tuple(sorted(every - set(file.entries))),
+        **common,
+    )
+
+
+def _kind(file: TensorFile) -> str:
+    for kind, starts, ends in KINDS:
+        if any(name.startswith(starts) or name.endswith(ends) for name in file.entries):
+            return kind
+    return "unknown"
+
+
+def _parameters(entries: Iterable[Entry]) -> int:
+    return sum(prod(entry.shape) for entry in entries)
+
+
+def _dtypes(entries: Iterable[Entry]) -> dict[str, int]:
+    return dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in entries).most_common())

@@ -1,0 +1,280 @@
+"""Files that are not what they seem: each says what it is, what was expected and what to do (reliability 10, 11)."""
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentdiff.checkpoints.files import (
+    CheckpointError,
+    open_shards,
+    open_tensors,
+    replacing,
+    replacing_folder,
+    write_safetensors,
+)
+
+TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.float16)}
+
+
+@pytest.fixture
+def good(tmp_path) -> Path:
+    write_safetensors(tmp_path / "good.safetensors", TENSORS)
+    return tmp_path / "good.safetensors"
+
+
+def written(path: Path, header: dict | str, data: bytes = b"") -> Path:
+    text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def test_what_we_write_is_read_by_safetensors_and_by_us(good):
+    assert {k: v.tolist() for k, v in load_file(good).items()} == {k: v.tolist() for k, v in TENSORS.items()}
+    file = open_tensors(good)
+    assert file.metadata == {"format": "pt"}
+    assert file.bytes == 30
+    assert all(torch.equal(file.get(name), tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]
+)
+def test_dtypes_and_odd_shapes_survive(tmp_path, dtype):
+    tensors = {"scalar": torch.tensor(1).to(dtype), "m": torch.tensor([[0, 1], [1, 0]]).to(dtype).T}
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"modelspec.title": "Ä\n猫"})
+    file = open_tensors(tmp_path / "x.safetensors")
+    for name, tensor in tensors.items():
+        assert file.get(name).dtype == dtype
+        assert torch.equal(file.get(name).float(), tensor.float())
+    assert file.metadata["modelspec.title"] == "Ä\n猫"
+
+
+def test_what_safetensors_writes_is_read(tmp_path):
+    save_file(TENSORS, tmp_path / "x.safetensors", metadata={"a": "b"})
+    file = open_tensors(tmp_path / "x.safetensors")
+    assert set(file.entries) == set(TENSORS)
+    assert file.metadata == {"a": "b"}
+
+
+def test_a_tensor_is_the_mapped_file_and_writing_to_it_leaves_the_file_alone(good):
+    before = good.read_bytes()
+    tensor = open_tensors(good).get("b")
+    tensor.zero_()
+    assert good.read_bytes() == before
+    assert torch.equal(open_tensors(good).get("b"), TENSORS["b"])
+
+
+FAULTY_BYTES = {
+    "empty": (b"", "is empty .0 bytes.; download or copy it again"),
+    "html": (b"\n<!DOCTYPE html><html><body>Not found", "HTML or XML page, not weights"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs pointer.*git lfs pull"),
+    "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 40, "GGUF file; latentdiff reads safetensors"),
+    "noise": (b"\x01\x02\x03\x04 what is this", "neither safetensors .* nor a torch pickle; it starts with"),
+    "short": (b"\x10\0\0", "neither safetensors"),
+    "text": (b"hello world, this is text", "neither safetensors"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_BYTES)
+def test_bytes_that_are_no_tensors(tmp_path, fault):
+    content, message = FAULTY_BYTES[fault]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_tensors(path)
+    assert str(path) in str(error.value)
+
+
+FAULTY_HEADERS = {
+    "no JSON": ("{not json", b"", "header is no JSON"),
+    "deep": ("{" + '"a":[' * 100_000, b"", "header is no JSON"),
+    "duplicate": ('{"a":[],"a":[]}', b"", "names 'a' more than once"),
+    "metadata": ({"__metadata__": {"a": 1}}, b"", "__metadata__ must map text to text"),
+    "incomplete": ({"a": {"dtype": "F32", "shape": [1]}}, b"1234", "tensor 'a' needs dtype, shape and data_offsets"),
+    "dtype": ({"a": entry([1], 0, 4, "Q4")}, b"1234", "tensor 'a' has dtype 'Q4'; known are"),
+    "negative": ({"a": entry([-1], 0, 4)}, b"1234", "tensor 'a' has shape .-1."),
+    "size": ({"a": entry([2], 0, 4)}, b"1234", "takes 8 bytes, its data_offsets 0–4 give 4"),
+    "overlap": ({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, b"123456", "tensor 'b' at 2 overlaps the tensor before it"),
+    "gap": ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"1" * 12, "tensor 'b' at 8 leaves 4 bytes unused"),
+    "reuse": ({"a": entry([1], 0, 4), "b": entry([0], 2, 2)}, b"1234", "tensor 'b' at 2 overlaps"),
+    "truncated": ({"a": entry([2], 0, 8)}, b"1234", "truncated: its header promises .* .4 are missing.. Download it again"),
+    "trailing": ({"a": entry([1], 0, 4)}, b"1234567", "3 bytes follow the last tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTY_HEADERS)
+def test_headers_that_lie(tmp_path, fault):
+    header, data, message = FAULTY_HEADERS[fault]
+    path = written(tmp_path / "model.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_tensors(path)
+    assert str(path) in str(error.value)
+
+
+def test_truncated_within_the_header(good):
+    good.write_bytes(good.read_bytes()[:60])
+    with pytest.raises(CheckpointError, match=r"truncated inside its header, which takes .* bytes; the file has 60"):
+        open_tensors(good)
+
+
+def test_every_truncation_is_noticed(good):
+    whole = good.read_bytes()
+    for n in range(len(whole)):
+        good.write_bytes(whole[:n])
+        with pytest.raises(CheckpointError):
+            open_tensors(good)
+
+
+def test_a_header_of_gigabytes_is_not_read(tmp_path):
+    (tmp_path / "x").write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    with pytest.raises(CheckpointError, match="claims a header of 1099511627776 bytes"):
+        open_tensors(tmp_path / "x")
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        open_tensors(tmp_path / "nothing.safetensors")
+
+
+class Canary:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def pickled(path: Path, canary: Path, kind: str) -> None:
+    payload = {"state_dict": {"w": torch.ones(2)}, "extra": Canary(canary)}
+    if kind == "zip":
+        torch.save(payload, path)
+    elif kind == "legacy":
+        torch.save(payload, path, _use_new_zipfile_serialization=False)
+    else:
+        path.write_bytes(pickle.dumps(Canary(canary), protocol=int(kind)))
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "2", "3", "4", "5"])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+def test_a_pickle_never_runs(tmp_path, name, kind, allow):
+    canary = tmp_path / "canary"
+    pickled(tmp_path / name, canary, kind)
+    message = "refuses to read this pickle with weights_only" if allow else "this is a pickle"
+    with pytest.raises(CheckpointError, match=message):
+        open_tensors(tmp_path / name, allow_pickle=allow)
+    assert not canary.exists()
+    if kind in "2345":  # the canary would sing
+        pickle.loads((tmp_path / name).read_bytes())
+        assert canary.exists()
+
+
+def test_protocols_0_and_1_are_no_tensors_at_all(tmp_path):
+    for protocol in (0, 1):
+        (tmp_path / "x.ckpt").write_bytes(pickle.dumps(Canary(tmp_path / "canary"), protocol=protocol))
+        with pytest.raises(CheckpointError, match="neither safetensors"):
+            open_tensors(tmp_path / "x.ckpt", allow_pickle=True)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_zip_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as z:
+        z.writestr("readme.txt", "hello")
+    with pytest.raises(CheckpointError, match="refuses to read"):
+        open_tensors(tmp_path / "x.ckpt", allow_pickle=True)
+
+
+@pytest.mark.parametrize("nested", [0, 1, 2])
+def test_tensors_of_a_ckpt_nested_or_not(tmp_path, nested):
+    loaded = {"w": torch.ones(2), "note": "text"}
+    for _ in range(nested):
+        loaded = {"state_dict": loaded, "global_step": 875000}
+    torch.save(loaded, tmp_path / "x.ckpt")
+    file = open_tensors(tmp_path / "x.ckpt", allow_pickle=True)
+    assert set(file.entries) == ({"w", "global_step"} if nested else {"w"})
+    assert torch.equal(file.get("w"), torch.ones(2))
+
+
+def test_a_ckpt_that_holds_no_dictionary(tmp_path):
+    torch.save([torch.ones(2)], tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="expected a dictionary of tensors, found list"):
+        open_tensors(tmp_path / "x.ckpt", allow_pickle=True)
+
+
+def test_shards_are_one_file(tmp_path):
+    write_safetensors(tmp_path / "m-1.safetensors", {"a": torch.zeros(1)})
+    write_safetensors(tmp_path / "m-2.safetensors", {"b": torch.ones(1)})
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}))
+    file = open_shards(index)
+    assert [file.get(n).item() for n in ("a", "b")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../m-1.safetensors"}, "must be the name of a file beside the index"),
+        ({"a": "/etc/passwd"}, "must be the name of a file beside the index"),
+        ({"a": "m-9.safetensors"}, "there is no such file"),
+        ({"c": "m-1.safetensors"}, "'c' should be in m-1.safetensors, which does not have it"),
+        ({}, "needs a weight_map"),
+        ([1], "needs a weight_map"),
+    ],
+)
+def test_shards_that_do_not_fit(tmp_path, weight_map, message):
+    write_safetensors(tmp_path / "m-1.safetensors", {"a": torch.zeros(1)})
+    (tmp_path / "i.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises((CheckpointError, FileNotFoundError), match=message):
+        open_shards(tmp_path / "i.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(good):
+    before = good.read_bytes()
+
+    def fail():
+        with replacing(good) as part:
+            part.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert good.read_bytes() == before
+    assert [p.name for p in good.parent.iterdir()] == [good.name]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+
+    def write(text: str, *, fail: bool = False):
+        with replacing_folder(target) as part:
+            (part / "model_index.json").write_text(text)
+            if fail:
+                raise OSError("disk full")
+
+    write("one")
+    write("two")
+    with pytest.raises(OSError, match="disk full"):
+        write("three", fail=True)
+    assert (target / "model_index.json").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_only_model_folders_are_replaced(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    with pytest.raises(FileExistsError, match="is no model folder"), replacing_folder(tmp_path / "photos"):
+        pass
+    assert (tmp_path / "photos" / "cat.png").exists()
