@@ -155,7 +155,7 @@ def fit(
     accelerator = Accelerator(mixed_precision="no")  # autocast is ours: one process may train in several precisions in turn
     if config.batch % accelerator.num_processes:
         raise ValueError(f"batch must be a multiple of the {accelerator.num_processes} processes, got {config.batch}")
-    run = _Run(model.to(accelerator.device, memory_format=torch.channels_last), config, accelerator, _plain(meta or {}))
+    run = _Run(model.to(accelerator.device, memory_format=torch.channels_last), config, accelerator, plain(meta or {}))
     if run.step < config.steps:
         stream = batches(run.step, accelerator.process_index, accelerator.num_processes)
         with tqdm(
@@ -256,7 +256,7 @@ class _Run:
             "ema": self.ema.model.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, names),
         }
-        state = {"ema_updates": self.ema.updates, "config": _plain(asdict(self.config)), "meta": self.meta}
+        state = {"ema_updates": self.ema.updates, "config": plain(asdict(self.config)), "meta": self.meta}
         checkpoint.save(self.config.out, checkpoint.Checkpoint(self.step, tensors, state), keep=self.config.keep)
 
     def _resume(self) -> None:
@@ -288,6 +288,6 @@ def _tensorboard(config: LoopConfig):
     return SummaryWriter(str(config.out / "tensorboard"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON's own types, so that what is saved equals what is read back."""
     return json.loads(json.dumps(value, default=str))

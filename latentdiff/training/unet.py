@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from latentdiff.checkpoints import configs, tokenizer
 from latentdiff.checkpoints.families import EMBEDDED, ModelSpec, SamplingSpec, ScheduleSpec
-from latentdiff.checkpoints.files import write_safetensors
+from latentdiff.checkpoints.files import read_json, write_json, write_safetensors, write_text
 from latentdiff.checkpoints.fill import Options, on_meta
 from latentdiff.checkpoints.io import Parts, from_folder, load_vae
 from latentdiff.checkpoints.save import save_folder
@@ -30,10 +31,11 @@ from latentdiff.models.initialise import init_for_training
 from latentdiff.models.text import TextTower, Tokenizer
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE
+from latentdiff.training.checkpoint import digest
 from latentdiff.training.clip import token_ids
-from latentdiff.training.data import PictureSource, open_source
+from latentdiff.training.data import PictureSource, batches, open_source
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, fit, once, processes
+from latentdiff.training.loop import LoopConfig, autocast, fit, once, plain, processes
 from latentdiff.training.vae import to_float
 
 SHARD = 1000  # pictures a file of latents
@@ -76,6 +78,21 @@ class UNetTraining(LoopConfig):
     """gamma of the min-SNR weights; None for the plain loss, which v needs at the noisiest levels (their min-SNR weight is 0)."""
     start: Path | None = None
     """Begin with the U-Net of this model folder instead of new weights."""
+    prompts: tuple[str, ...] = PROMPTS
+    """What the sample grids show."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.attention) != len(self.widths):
+            raise ValueError(f"attention must have one entry a width ({len(self.widths)}), got {self.attention!r}")
+        if self.head_width < 1 or any(w < self.head_width or w % self.head_width for w in self.widths):
+            raise ValueError(f"widths must be multiples of head_width ({self.head_width}), got {self.widths!r}")
+        if self.pictures < 1 or not self.prompts:
+            raise ValueError(f"pictures and prompts must be at least one, got {self.pictures!r} and {self.prompts!r}")
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop must lie in [0, 1], got {self.drop!r}")
+        if self.min_snr is not None and not self.min_snr > 0:
+            raise ValueError(f"min_snr must be a positive number or None, got {self.min_snr!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +123,10 @@ def train_unet(config: UNetTraining) -> UNet:
         raise ValueError(f"vae: {config.vae} holds a tiny autoencoder, whose encoder gives no distribution to train on")
     spec = model_spec(config, vae, tower)
     source = open_source(config.data, size=config.size, compose=config.compose)
-    latents = encode_pictures(vae, source, config)
+    made_from = origin(config, vae, source)
+    latents = encode_pictures(vae, source, config, made_from)
+    meta = {"network": "unet", "sizes": repr(spec.unet), "prediction": config.prediction, "schedule": config.schedule, **made_from}
+    meta["text"] = digest(tower.state_dict())
     contexts = encode_captions(tower, words, [*latents.captions, ""])
     schedule = getattr(schedules, config.schedule)()
 
@@ -136,10 +156,9 @@ def train_unet(config: UNetTraining) -> UNet:
             step += 1
 
     def sample(model: nn.Module, path: Path) -> None:
-        device = next(model.parameters()).device
-        save_grid(draw(model, vae.to(device), tower, words, config, device), path, columns=len(PROMPTS) // 2)
+        save_grid(draw(model, vae, tower, words, config), path)
 
-    trained = fit(unet, loss, stream, config, meta={"network": "unet", "sizes": repr(spec.unet)}, sample=sample)
+    trained = fit(unet, loss, stream, config, meta=meta, sample=sample)
     rest = config.clip / "clip" if (config.clip / "clip" / "config.json").is_file() else None
     parts = Parts(spec=spec, unet=trained, vae=vae, text_encoders=(tower,), tokenizers=(words,), title=config.out.name, clip=rest)
     once(lambda: save_folder(parts, config.out / "model"))
@@ -181,42 +200,77 @@ def load_tower(folder: Path) -> tuple[Tokenizer, TextTower]:
 
 
 def order(seed: int, n: int, start: int, count: int) -> Tensor:
-    """Which pictures come at positions start … start+count-1 of a run: epochs, each in its own order."""
-    positions = np.arange(start, start + count)
-    shuffled = {e: np.random.default_rng((seed, int(e))).permutation(n) for e in np.unique(positions // n)}
-    return torch.from_numpy(np.array([shuffled[p // n][p % n] for p in positions]))
+    """Which of n pictures come at positions start … start+count-1 of a run: epochs, each in its own order."""
+    epochs, places = np.divmod(np.arange(start, start + count), n)
+    return torch.from_numpy(np.array([_shuffled(seed, int(e), n)[p] for e, p in zip(epochs, places, strict=True)]))
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def origin(config: UNetTraining, vae: VAE, source: PictureSource) -> Mapping[str, Any]:
+    """What latents are made from: those on the disk serve a later start only if it is the same."""
+    return plain(
+        {
+            "vae": digest(vae.state_dict()),
+            "scale": vae.config.scale,
+            "source": len(source),
+            "compose": asdict(config.compose),
+            "size": config.size,
+            "seed": config.seed,
+            "pictures": config.pictures,
+        }
+    )
 
 
 @torch.no_grad()
-def encode_pictures(vae: VAE, source: PictureSource, config: UNetTraining) -> Latents:
-    """Encode `config.pictures` pictures, in shards under `out/latents` that a later start finds again; processes share the work."""
+def encode_pictures(vae: VAE, source: PictureSource, config: UNetTraining, made_from: Mapping[str, Any]) -> Latents:
+    """Encode `config.pictures` pictures, in shards under `out/latents` that a later start finds again; processes share the work.
+
+    Errors: ValueError if the shards there were made from something else.
+    """
     state, folder = processes(), config.out / "latents"
-    shards = -(-config.pictures // SHARD)
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = [k for k in range(shards) if k % state.num_processes == state.process_index and not (folder / f"{k:05d}.txt").exists()]
+    note = folder / "made_from.json"
+    once(lambda: None if note.is_file() else write_json(note, made_from))
+    if (found := read_json(note)) != made_from:
+        raise ValueError(f"out: {folder} was made from {found}, now wanted from {made_from}; remove it, or choose a new folder")
+    shards, rank, world = -(-config.pictures // SHARD), state.process_index, state.num_processes
+    mine = range(rank, shards, world)
+    done = next((i for i, k in enumerate(mine) if not (folder / f"{k:05d}.txt").exists()), len(mine))
+    stream = batches(source, SHARD, seed=config.seed, start=done, rank=rank, world=world, workers=config.workers)
     vae = vae.to(state.device, memory_format=torch.channels_last)
-    for k in tqdm(todo, desc="latents", disable=not state.is_main_process, dynamic_ncols=True):
-        _encode_shard(vae, source, k, min(SHARD, config.pictures - k * SHARD), folder, config.seed, state.device)
+    for k in tqdm(mine[done:], desc="latents", disable=not state.is_main_process, dynamic_ncols=True):
+        images, captions = next(stream)
+        n = min(SHARD, config.pictures - k * SHARD)
+        _write_shard(folder / f"{k:05d}", vae, images[:n], captions[:n], config.precision)
     state.wait_for_everyone()
-    parts = [load_file(folder / f"{k:05d}.safetensors") for k in range(shards)]
-    captions = [line for k in range(shards) for line in (folder / f"{k:05d}.txt").read_text(encoding="utf-8").split("\n")]
-    distinct = {c: i for i, c in enumerate(dict.fromkeys(captions))}
-    which = torch.tensor([distinct[c] for c in captions])
-    return Latents(torch.cat([p["mean"] for p in parts]), torch.cat([p["std"] for p in parts]), which, list(distinct))
+    return _read_shards([folder / f"{k:05d}" for k in range(shards)])
 
 
-def _encode_shard(vae: VAE, source: PictureSource, k: int, n: int, folder: Path, seed: int, device: torch.device) -> None:
-    means, stds, captions = [], [], []
-    for i in range(k * SHARD, k * SHARD + n, 50):
-        items = [source.get(j % len(source), seed + j // len(source)) for j in range(i, min(i + 50, k * SHARD + n))]
-        images = to_float(torch.stack([image for image, _ in items])).to(device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            mean, logvar = vae.moments(images)
+def _write_shard(path: Path, vae: VAE, images: Tensor, captions: Sequence[str], precision: str) -> None:
+    device, means, stds = next(vae.parameters()).device, [], []
+    for part in images.split(50):
+        x = to_float(part).to(device).contiguous(memory_format=torch.channels_last)
+        with autocast(precision, device):
+            mean, logvar = vae.moments(x)
         means.append(mean.half().cpu())
         stds.append((0.5 * logvar.float()).exp().half().cpu())
-        captions += [" ".join(caption.split()) for _, caption in items]
-    write_safetensors(folder / f"{k:05d}.safetensors", {"mean": torch.cat(means), "std": torch.cat(stds)})
-    (folder / f"{k:05d}.txt").write_text("\n".join(captions), encoding="utf-8")  # last: the mark of a whole shard
+    write_safetensors(path.with_suffix(".safetensors"), {"mean": torch.cat(means), "std": torch.cat(stds)})
+    write_text(path.with_suffix(".txt"), "\n".join(" ".join(c.split()) for c in captions))  # last: the mark of a whole shard
+
+
+def _read_shards(paths: Sequence[Path]) -> Latents:
+    parts = [load_file(path.with_suffix(".safetensors")) for path in paths]
+    captions = [line for path in paths for line in path.with_suffix(".txt").read_text(encoding="utf-8").split("\n")]
+    distinct = {c: i for i, c in enumerate(dict.fromkeys(captions))}
+    return Latents(
+        mean=torch.cat([p["mean"] for p in parts]),
+        std=torch.cat([p["std"] for p in parts]),
+        caption=torch.tensor([distinct[c] for c in captions]),
+        captions=list(distinct),
+    )
 
 
 @torch.no_grad()
@@ -229,18 +283,16 @@ def encode_captions(tower: TextTower, words: Tokenizer, captions: Sequence[str])
 
 
 @torch.no_grad()
-def draw(
-    unet: nn.Module, vae: VAE, tower: TextTower, words: Tokenizer, config: UNetTraining, device: torch.device
-) -> Float[Tensor, "b 3 h w"]:
-    """Pictures of PROMPTS at guidance 5, 20 DDIM steps, from one seed: to watch a training by."""
-    ids = token_ids(words, [*PROMPTS, ""]).to(device)
-    states = tower(ids)[0].float()
+def draw(unet: nn.Module, vae: VAE, tower: TextTower, words: Tokenizer, config: UNetTraining) -> Float[Tensor, "b 3 h w"]:
+    """Pictures of `config.prompts` at guidance 5, 20 DDIM steps, from one seed: to watch a training by."""
+    device, n = processes().device, len(config.prompts)
+    states = tower(token_ids(words, [*config.prompts, ""]).to(device))[0].float()
     side = config.size // vae.factor
-    noise = torch.randn(len(PROMPTS), vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(n, vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
     schedule = getattr(schedules, config.schedule)()
     sigmas = schedules.grid(schedule, 20, "trailing")
-    empty = states[-1:].expand(len(PROMPTS), -1, -1)
-    denoise = guided(Denoiser(unet, schedule, config.prediction), Cond(states[:-1]), Cond(empty), cfg(5.0))
+    denoiser = Denoiser(unet, schedule, config.prediction)
+    denoise = guided(denoiser, Cond(states[:-1]), Cond(states[-1:].expand(n, -1, -1)), cfg(5.0))
     x = noise.to(device) * (1 + sigmas[0] ** 2).sqrt()
     for step in ddim(denoise, x, sigmas, randn=torch.randn_like):
         x = step.x
