@@ -16,8 +16,8 @@ from torch import Tensor
 
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.diffusion.guidance import Rule, cfg, cfg_rescale
-from latentdiff.diffusion.samplers import SAMPLERS, Randn, Step
-from latentdiff.diffusion.schedules import NoiseSchedule, grid
+from latentdiff.diffusion.samplers import SAMPLERS, Randn, Step, bind, resolve
+from latentdiff.diffusion.schedules import NoiseSchedule, grid, spacing_named
 
 MAX_PROMPT = 100_000  # characters, about 25,000 tokens
 MAX_SIDE = 16_384  # pixels
@@ -36,12 +36,14 @@ class Request:
     guidance: float
     rescale: float
     steps: int
-    sampler: str | Callable[..., Iterator[Step]]
+    sampler: str  # its name
+    solver: Callable[..., Iterator[Step]]  # and itself
     spacing: str | list[float]
     eta: float | None
     size: tuple[int, int]  # width, height in pixels
     batch: int | None
     sigmas: Float[Tensor, " steps+1"]
+    origin: Any = None  # origin.Origin, where the run starts from pictures
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -55,24 +57,23 @@ class Request:
 
     def sample(self, denoise, x: Tensor, randn) -> Iterator[Step]:
         """The sampler at work."""
-        sampler = SAMPLERS[self.sampler] if isinstance(self.sampler, str) else self.sampler
         options = {} if self.eta is None else {"eta": self.eta}
-        return sampler(denoise, x, self.sigmas, randn=randn, **options)
+        return self.solver(denoise, x, self.sigmas, randn=randn, **options)
 
     def recipe(self, k: int) -> dict[str, Any]:
         """The keywords of `pipe` that make picture k alone."""
-        name = self.sampler if isinstance(self.sampler, str) else getattr(self.sampler, "__name__", type(self.sampler).__name__)
         recipe = {
             "prompt": self.prompts[k],
             "negative": self.negatives[k] or None,
             "steps": self.steps,
-            "sampler": name,
+            "sampler": self.sampler,
             "spacing": self.spacing,
             "eta": self.eta,
             "guidance": self.guidance,
             "rescale": self.rescale or None,
             "seed": self.seeds[k],
             "size": self.size,
+            **({} if self.origin is None else self.origin.recipe(k)),
         }
         return {key: value for key, value in recipe.items() if value is not None}
 
@@ -94,12 +95,13 @@ def request(
     n: int,
     size: int | tuple[int, int] | None,
     batch: int | None,
+    pictured: bool = False,
 ) -> Request:
     """Check and complete the arguments of `pipe(...)`; `factor` is the pixels along the side of a latent.
 
     Errors: ValueError that names the argument, what was given and what is allowed.
     """
-    if spec.task != "text":
+    if spec.task != "text" and not pictured:
         raise ValueError(f"prompt alone is not enough: this model ({spec.name}) works on a picture, which must be given")
     prompts = texts("prompt", prompt)
     negatives = [""] * len(prompts) if negative is None else texts("negative", negative)
@@ -110,9 +112,9 @@ def request(
     n = integer("n", n, 1, MAX_PICTURES // len(prompts))
     own = spec.sampling
     steps = integer("steps", first(steps, own.steps, STEPS), 1, len(schedule))
-    chosen = checked_sampler(first(sampler, own.sampler, SAMPLER))
-    spacing = first(spacing, own.spacing)
-    spacing = spacing if isinstance(spacing, str) else numbers("spacing", spacing)
+    name, solver, implied = checked_sampler(first(sampler, own.sampler, SAMPLER), schedule)
+    spacing = first(spacing, implied, own.spacing)
+    spacing = (spacing_named(spacing) or spacing) if isinstance(spacing, str) else numbers("spacing", spacing)
     return Request(
         prompts=tuple(p for p in prompts for _ in range(n)),
         negatives=tuple(p for p in negatives for _ in range(n)),
@@ -120,9 +122,10 @@ def request(
         guidance=number("guidance", first(guidance, own.guidance, GUIDANCE)),
         rescale=number("rescale", rescale, 0, 1),
         steps=steps,
-        sampler=chosen,
+        sampler=name,
+        solver=solver,
         spacing=spacing,
-        eta=checked_eta(eta, chosen),
+        eta=checked_eta(eta, name, solver),
         size=checked_size(first(size, spec.size), factor),
         batch=None if batch is None else integer("batch", batch, 1, MAX_PICTURES),
         sigmas=grid(schedule, steps, spacing, offset=own.steps_offset, final=own.final),
@@ -177,19 +180,23 @@ def numbers(name: str, value: Any) -> list[float]:
         raise ValueError(f"{name} must be a name or a list of numbers, got {shown(value)}") from None
 
 
-def checked_sampler(sampler: Any) -> Any:
-    if not callable(sampler) and not (isinstance(sampler, str) and sampler in SAMPLERS):
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a function, got {shown(sampler)}")
-    return sampler
+def checked_sampler(sampler: Any, schedule: NoiseSchedule) -> tuple[str, Callable[..., Iterator[Step]], str | None]:
+    """(name, the sampler, the spacing that its name asks for). Names of other programs are understood, such as DPM++ 2M Karras."""
+    if not isinstance(sampler, str):
+        if not callable(sampler):
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a function, got {shown(sampler)}")
+        return getattr(sampler, "__name__", type(sampler).__name__), sampler, None  # type: ignore[return-value]
+    name, spacing = resolve(sampler)
+    return name, bind(name, schedule), spacing
 
 
-def checked_eta(eta: Any, sampler: str | Callable[..., Iterator[Step]]) -> float | None:
+def checked_eta(eta: Any, name: str, solver: Callable[..., Iterator[Step]]) -> float | None:
     """None leaves the sampler's own; a sampler that has none refuses every other value."""
     if eta is None:
         return None
     found = number("eta", eta, 0, 1)
-    if "eta" not in inspect.signature(SAMPLERS[sampler] if isinstance(sampler, str) else sampler).parameters:
-        raise ValueError(f"eta must be None for the sampler {sampler}, which has no such option, got {shown(eta)}")
+    if "eta" not in inspect.signature(solver).parameters:
+        raise ValueError(f"eta must be None for the sampler {name}, which has no such option, got {shown(eta)}")
     return found
 
 

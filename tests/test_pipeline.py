@@ -279,6 +279,14 @@ def test_a_function_of_the_user_is_a_sampler(tiny_pipe):
         tiny_pipe("a cat", sampler=silent, **FEW)
 
 
+def test_names_of_other_programs_are_understood(tiny_pipe):
+    made = tiny_pipe("a cat", seed=1, sampler="DPM++ 2M Karras", **FEW)[0]
+    recipe = I.parse_parameters(made.info["parameters"])[0]
+    assert (recipe["sampler"], recipe["spacing"]) == ("dpmpp_2m", "karras")
+    assert same(made, tiny_pipe("a cat", seed=1, sampler="dpmpp_2m", spacing="Karras", **FEW)[0])
+    assert same(made, tiny_pipe(**recipe, progress=False)[0])
+
+
 def test_progress_goes_to_stderr_and_can_be_off(tiny_pipe, capsys):
     tiny_pipe("a cat", steps=3)
     out, err = capsys.readouterr()
