@@ -79,9 +79,9 @@ def ipndm(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn) -> Iterat
 
 
 def plms(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn) -> Iterator[Step]:
-    """PNDM's linear multistep with a Heun step first: the PLMS of Stable Diffusion's own code.
+    """PNDM's linear multistep (Liu et al., arXiv 2202.09778) with a Heun step first: the PLMS of Stable Diffusion's own code.
 
-    Order 2, one evaluation a step and one more, deterministic. diffusers' PNDM with skip_prk_steps.
+    Order 2, one evaluation a step and one more, deterministic. It is diffusers' PNDM with skip_prk_steps.
     """
     return _adams(denoise, x, sigmas, 4, _adams_bashforth, begin=[_heun_slope])
 
