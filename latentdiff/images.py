@@ -214,6 +214,24 @@ KEYS = {  # name in the text -> keyword of `pipe(...)`
     "Seed": "seed",
     "Size": "size",
 }
+PICTURED = {  # the same where the run starts from a picture
+    "Denoising strength": "strength",
+    "Exact steps": "exact",
+    "Mask blur": "blur",
+    "Masked padding": "padding",
+    "Expand": "expand",
+    "Image CFG scale": "image_guidance",
+    "Edit method": "method",
+    "Edit inversion": "inversion",
+    "Source prompt": "source",
+    "Source guidance": "source_guidance",
+    "Cross control": "cross",
+    "Self control": "self_attention",
+    "Words": "words",
+    "Region": "region",
+    "Weights": "weights",
+}
+PHOTO = "Photo"  # fingerprint of the picture; other programs' "Denoising strength" without it means something else
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 NEGATIVE = "Negative prompt: "
 EXACT = ("Exact prompt", "Exact negative prompt")  # written only where the plain text could be read in two ways
@@ -221,7 +239,8 @@ EXACT = ("Exact prompt", "Exact negative prompt")  # written only where the plai
 
 def write_parameters(recipe: Mapping[str, Any], extra: Mapping[str, str] | None = None) -> str:
     """A recipe (keywords of `pipe`) as A1111's text, with more pairs behind; read back, it is the same, whatever the prompt."""
-    pairs = {name: _text(recipe[key]) for name, key in KEYS.items() if recipe.get(key) is not None} | dict(extra or {})
+    pairs = {name: _text(recipe[key]) for name, key in (KEYS | PICTURED).items() if recipe.get(key) is not None}
+    pairs |= dict(extra or {})
     prompt, negative = recipe["prompt"], recipe.get("negative") or ""
     head = f"{prompt}\n{NEGATIVE}{negative}\n" if negative else f"{prompt}\n"
     text = head + _line(pairs)
@@ -244,7 +263,7 @@ def _text(value: Any) -> str:
     match value:
         case tuple():
             return "x".join(map(str, value))
-        case list():
+        case list() | dict():
             return json.dumps(value)
         case float() if value.is_integer() and abs(value) < 1e15:
             return str(int(value))
@@ -265,7 +284,8 @@ def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     if EXACT[0] in pairs:
         prompt, negative = pairs.pop(EXACT[0]), pairs.pop(EXACT[1], "")
     recipe: dict[str, Any] = {"prompt": prompt} | ({"negative": negative} if negative else {})
-    recipe |= {key: _value(key, pairs.pop(name)) for name, key in KEYS.items() if name in pairs}
+    keys = KEYS | PICTURED if PHOTO in pairs else KEYS
+    recipe |= {key: _value(key, pairs.pop(name)) for name, key in keys.items() if name in pairs}
     return recipe, pairs
 
 
@@ -287,13 +307,17 @@ def _value(key: str, text: str) -> Any:
     """A value as `pipe` takes it; what cannot be read stays text, for `pipe` to refuse by name."""
     try:
         match key:
-            case "steps" | "seed":
+            case "steps" | "seed" | "blur" | "padding":
                 return int(text)
-            case "eta" | "guidance" | "rescale":
+            case "eta" | "guidance" | "rescale" | "strength" | "image_guidance" | "source_guidance" | "cross" | "self_attention":
                 return float(text)
             case "size":
                 width, height = text.split("x")
                 return int(width), int(height)
+            case "exact" if text in ("True", "False"):
+                return text == "True"
+            case "expand" | "region" | "weights":
+                return json.loads(text)
             case "spacing" if text.startswith("["):
                 return json.loads(text)
     except ValueError:

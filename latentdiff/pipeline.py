@@ -20,10 +20,11 @@ from latentdiff.diffusion import schedules
 from latentdiff.diffusion.denoiser import Denoise, Denoiser, Network
 from latentdiff.diffusion.guidance import guided
 from latentdiff.diffusion.samplers import Randn, Step
-from latentdiff.images import Images
+from latentdiff.images import Images, Picture
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.models.vae_tiny import TinyVAE
+from latentdiff.origin import Given, Sides, begun, canvases, prompts
 from latentdiff.request import Request
 
 T = TypeVar("T")
@@ -106,6 +107,14 @@ class Pipeline:
         n: int = 1,
         size: int | tuple[int, int] | None = None,
         batch: int | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        mask: Picture | Sequence[Picture] | None = None,
+        strength: float | None = None,
+        exact: bool = True,
+        blur: int = 0,
+        padding: int | None = None,
+        expand: int | Sides | None = None,
+        image_guidance: float | None = None,
         progress: bool = True,
     ) -> Images:
         """Pictures from text. Picture k is the one that `seed + k` alone gives, on a CPU to the last bit.
@@ -119,12 +128,29 @@ class Pipeline:
         batch: pictures in one network call; 1 on a CPU and 8 elsewhere, unless given. progress: a bar on stderr.
         None is the model's own value: 7.5, 30 steps, "ddim", native size for most.
         Errors: TypeError and ValueError before any computing; NonFiniteError.
+
+        With a picture: image: one (a path, or a PIL picture), or one a prompt; the result has its size, `size` is that worked at.
+        strength: share, 0 to 1, of the noise levels that it goes back; 0 gives the picture itself, 1 ignores what it shows.
+        exact: run all the steps asked for; else the classic int(steps · strength). mask: white where to paint; the rest stays
+        to the last bit. blur: pixels, inside the mask, over which the new fades in. padding: work on the masked part alone, with so
+        many pixels around. expand: pixels to add, on each side or (left, top, right, bottom). image_guidance: of instruct models.
         """
+        given = Given(
+            image=image,
+            mask=mask,
+            strength=strength,
+            exact=exact,
+            blur=blur,
+            padding=padding,
+            expand=expand,
+            image_guidance=image_guidance,
+        )
+        found = canvases(self, given, size)
         asked = request.request(
             self.spec,
             self.schedule,
             self.vae.factor,
-            prompt=prompt,
+            prompt=prompts(found, prompt),
             negative=negative,
             guidance=guidance,
             rescale=rescale,
@@ -134,10 +160,12 @@ class Pipeline:
             eta=eta,
             seed=seed,
             n=n,
-            size=size,
+            size=found[0].size if found else size,
             batch=batch,
+            pictured=bool(found),
         )
-        return finished(self.run(asked), asked.steps, progress)
+        asked = begun(self, asked, given, found)
+        return finished(self.run(asked), len(asked.sigmas) - 1, progress)
 
     def stream(
         self,
@@ -154,16 +182,35 @@ class Pipeline:
         n: int = 1,
         size: int | tuple[int, int] | None = None,
         batch: int | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        mask: Picture | Sequence[Picture] | None = None,
+        strength: float | None = None,
+        exact: bool = True,
+        blur: int = 0,
+        padding: int | None = None,
+        expand: int | Sides | None = None,
+        image_guidance: float | None = None,
     ) -> Iterator[Progress]:
         """The steps of `pipe(...)`, one by one: look in, preview, stop. Arguments are checked now, not at the first step.
 
         Where the U-Net overflows its dtype, the run starts again at step 0 in float32.
         """
+        given = Given(
+            image=image,
+            mask=mask,
+            strength=strength,
+            exact=exact,
+            blur=blur,
+            padding=padding,
+            expand=expand,
+            image_guidance=image_guidance,
+        )
+        found = canvases(self, given, size)
         asked = request.request(
             self.spec,
             self.schedule,
             self.vae.factor,
-            prompt=prompt,
+            prompt=prompts(found, prompt),
             negative=negative,
             guidance=guidance,
             rescale=rescale,
@@ -173,14 +220,16 @@ class Pipeline:
             eta=eta,
             seed=seed,
             n=n,
-            size=size,
+            size=found[0].size if found else size,
             batch=batch,
+            pictured=bool(found),
         )
+        asked = begun(self, asked, given, found)
         return self.run(asked)
 
     @torch.no_grad()
     def run(self, asked: Request, start: Callable[[Randn], Tensor] | None = None) -> Iterator[Progress]:
-        """Walk the request's grid from `start(randn)`, a state at its first level; by default from pure noise."""
+        """Walk the request's grid from `start(randn)`, a state at its first level; by default from `begin`."""
         conds = self.conditions(asked)
         last = yield from self._walk(self.unet, conds, asked, start)
         if not finite(last.x):
@@ -193,12 +242,22 @@ class Pipeline:
     ) -> Generator[Progress, None, Step]:
         """All steps with this U-Net; returns the last."""
         randn, step = request.randn(asked.seeds), None
-        x = self.noise(asked, randn) if start is None else start(randn)
+        x = self.begin(asked, randn) if start is None else start(randn)
+        if len(asked.sigmas) == 1:  # img2img at strength 0: the picture as it is
+            step = Step(-1, asked.sigmas[0], x, x)
+            yield Progress(-1, 0, step.sigma, x, x, self, asked)
+            return step
         for step in asked.sample(self.denoise(unet, conds, asked), x, randn):
-            yield Progress(step.i, asked.steps, step.sigma, step.x, step.x0, self, asked)
+            yield Progress(step.i, len(asked.sigmas) - 1, step.sigma, step.x, step.x0, self, asked)
         if step is None:
             raise ValueError(f"sampler must yield at least one Step, got none from {asked.sampler}")
         return step
+
+    def begin(self, asked: Request, randn: Randn) -> Float[Tensor, "b c h w"]:
+        """Pure noise, or the request's pictures noised, at the first level of the grid."""
+        if asked.origin is None:
+            return self.noise(asked, randn)
+        return asked.origin.start(randn(asked.origin.z), asked.sigmas[0])
 
     def noise(self, asked: Request, randn: Randn) -> Float[Tensor, "b c h w"]:
         """Pure noise at the first level of the grid, with the variance that the network was trained on."""
@@ -228,21 +287,42 @@ class Pipeline:
         dtype = next(unet.parameters()).dtype
         denoiser = Denoiser(network, self.schedule, self.spec.prediction, dtype)
         groups = grouped(conds, asked.batch or (1 if self.device.type == "cpu" else BATCH))
-        denoises = []
+        denoises, done = [], 0
         for group in groups:
-            cond, uncond = (joined(half).to(dtype=dtype) for half in zip(*group, strict=True))
-            denoises.append(guided(denoiser, cond.project(unet), uncond.project(unet), asked.rule))
+            pair = (joined(half).to(dtype=dtype).project(unet) for half in zip(*group, strict=True))
+            rows = slice(done, done := done + len(group))
+            made = asked.origin.guided(denoiser, *pair, asked, rows) if asked.origin else guided(denoiser, *pair, asked.rule)
+            denoises.append(made)
         sizes = [len(group) for group in groups]
-        return lambda x, sigma: torch.cat([d(part, sigma) for d, part in zip(denoises, x.split(sizes), strict=True)])
+
+        def denoise(x: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:
+            return torch.cat([d(part, sigma) for d, part in zip(denoises, x.split(sizes), strict=True)])
+
+        return asked.origin.around(denoise) if asked.origin else denoise
 
     @torch.no_grad()
     def pictures(self, z: Float[Tensor, "b c h w"], asked: Request) -> Images:
         """Latents decoded, each with its recipe."""
+        if asked.origin:
+            z = asked.origin.latents(z)
         decoded = [image for latent in z.split(1) for image in images.to_pil(self.decode(latent))]
+        if asked.origin:
+            decoded = asked.origin.finish(decoded)
         for k, image in enumerate(decoded):
             extra = {"Model": self.title, "Version": f"latentdiff {__version__}"}
+            extra |= asked.origin.marks(k) if asked.origin else {}
             image.info["parameters"] = images.write_parameters(asked.recipe(k), extra)
         return Images(decoded)
+
+    @torch.no_grad()
+    def encode(self, pictures: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b c h w"]:
+        """Scaled latents of pictures in [-1, 1], float32, on the model's device."""
+
+        def run(vae: VAE | TinyVAE) -> Tensor:
+            dtype = next(vae.parameters()).dtype
+            return torch.cat([vae.encode(picture.to(self.device, dtype)) for picture in pictures.split(1)]).float()
+
+        return sound("VAE", self.vae, run, finite)
 
     @torch.no_grad()
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
