@@ -63,6 +63,8 @@ class CLIPTraining(LoopConfig):
 class TwoTowers(nn.Module):
     """Both towers as one forward, which is what a distributed trainer needs."""
 
+    clip: Any  # transformers' CLIPModel, which is imported only where it is built
+
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
@@ -97,7 +99,7 @@ def token_ids(words: Tokenizer, captions: Iterable[str]) -> Tensor:
     return torch.tensor([row + [words.end_id] * (words.length - len(row)) for row in rows])
 
 
-def build_clip(config: CLIPTraining, words: Tokenizer) -> nn.Module:
+def build_clip(config: CLIPTraining, words: Tokenizer) -> Any:
     """transformers' CLIPModel at the configured size, newly drawn."""
     from transformers.models.clip.configuration_clip import CLIPConfig
     from transformers.models.clip.modeling_clip import CLIPModel
@@ -122,7 +124,7 @@ def build_clip(config: CLIPTraining, words: Tokenizer) -> nn.Module:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
 
 
-def train_clip(config: CLIPTraining) -> nn.Module:
+def train_clip(config: CLIPTraining) -> Any:
     """Train, resume or finish a CLIP; when it stops, `out/model` holds `text_encoder/`, `tokenizer/` and `clip/`.
 
     Returns transformers' CLIPModel on the training device. Errors: as `fit`, and those of loading the data.
@@ -184,7 +186,19 @@ def save_clip(clip: Any, words: Tokenizer, folder: Path) -> None:
     ):
         write_json(folder / name / "config.json", config)
         write_safetensors(folder / name / "model.safetensors", {k: v for k, v in tensors.items() if "position_ids" not in k})
+    write_json(folder / "clip" / "preprocessor_config.json", preprocessing(clip.config.vision_config.image_size))
     tokenizer.write(folder / "tokenizer", words, words.end_id)
+
+
+def preprocessing(size: int) -> Mapping[str, Any]:
+    """How other programs have to prepare pictures for the image tower: to [-1, 1], at its size."""
+    half = [0.5, 0.5, 0.5]
+    square = {"height": size, "width": size}
+    yes = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    return {
+        "image_processor_type": "CLIPImageProcessor", **yes, "do_center_crop": False, "size": square, "resample": 3,
+        "rescale_factor": 1 / 255, "image_mean": half, "image_std": half,
+    }  # fmt: skip
 
 
 def _load(folder: Path) -> Any:

@@ -26,6 +26,7 @@ class EMA:
         """Take the weights of `model`, which has the parameters and buffers of the averaged one; buffers are copied as they are."""
         d = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - d)
-        for own, new in zip(self.model.buffers(), model.buffers(), strict=True):
-            own.copy_(new)
+        own, new = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(own, new, 1 - d)  # type: ignore[attr-defined]
+        for a, b in zip(self.model.buffers(), model.buffers(), strict=True):
+            a.copy_(b)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -24,6 +24,7 @@ from latentdiff.checkpoints.files import write_text
 from latentdiff.training import checkpoint
 from latentdiff.training.ema import EMA
 
+M = TypeVar("M", bound=nn.Module)
 Loss = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
 """(network, batch, noise source) -> (scalar to minimise, 0-dim tensors for the log)"""
 
@@ -135,14 +136,14 @@ def generator(config: LoopConfig, step: int, rank: int) -> torch.Generator:
 
 
 def fit(
-    model: nn.Module,
+    model: M,
     loss: Loss,
     batches: Callable[[int, int, int], Iterator[Any]],
     config: LoopConfig,
     *,
     meta: Mapping[str, Any] | None = None,
-    sample: Callable[[nn.Module, Path], None] | None = None,
-) -> nn.Module:
+    sample: Callable[[M, Path], None] | None = None,
+) -> M:
     """Train `model`, or resume the run in `config.out`, and return the network with the averaged weights.
 
     batches(start, rank, world) -> the batches, of config.batch // world, of this process from step `start` on.
@@ -155,7 +156,8 @@ def fit(
     accelerator = Accelerator(mixed_precision="no")  # autocast is ours: one process may train in several precisions in turn
     if config.batch % accelerator.num_processes:
         raise ValueError(f"batch must be a multiple of the {accelerator.num_processes} processes, got {config.batch}")
-    run = _Run(model.to(accelerator.device, memory_format=torch.channels_last), config, accelerator, plain(meta or {}))
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = _Run(model, config, accelerator, plain(meta or {}))
     if run.step < config.steps:
         stream = batches(run.step, accelerator.process_index, accelerator.num_processes)
         with tqdm(
@@ -163,10 +165,10 @@ def fit(
         ) as bar:
             _train(run, loss, stream, sample, bar)
     accelerator.wait_for_everyone()
-    return run.ema.model
+    return run.ema.model  # type: ignore[return-value]  # a copy of `model`
 
 
-def _train(run: _Run, loss: Loss, stream: Iterator[Any], sample: Callable[[nn.Module, Path], None] | None, bar: tqdm) -> None:
+def _train(run: _Run, loss: Loss, stream: Iterator[Any], sample: Callable[[Any, Path], None] | None, bar: tqdm) -> None:
     config, main = run.config, run.accelerator.is_main_process
     began, skipped, last = time.monotonic(), 0, False
     while not last:

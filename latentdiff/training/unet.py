@@ -240,7 +240,7 @@ def encode_pictures(vae: VAE, source: PictureSource, config: UNetTraining, made_
     mine = range(rank, shards, world)
     done = next((i for i, k in enumerate(mine) if not (folder / f"{k:05d}.txt").exists()), len(mine))
     stream = batches(source, SHARD, seed=config.seed, start=done, rank=rank, world=world, workers=config.workers)
-    vae = vae.to(state.device, memory_format=torch.channels_last)
+    vae = vae.to(state.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for k in tqdm(mine[done:], desc="latents", disable=not state.is_main_process, dynamic_ncols=True):
         images, captions = next(stream)
         n = min(SHARD, config.pictures - k * SHARD)

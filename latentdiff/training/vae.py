@@ -118,7 +118,7 @@ def train_vae(config: VAETraining) -> VAE:
     def stream(start: int, rank: int, world: int) -> Iterator[Any]:
         return batches(source, config.batch // world, seed=config.seed, start=start, rank=rank, world=world, workers=config.workers)
 
-    def sample(model: nn.Module, path: Path) -> None:
+    def sample(model: AutoEncoder, path: Path) -> None:
         images = to_float(torch.stack([source.get(i * 37 % len(source), 0)[0] for i in range(16)]))
         device = next(model.parameters()).device
         with torch.no_grad():
