@@ -105,13 +105,17 @@ def save_grid(images: Float[Tensor, "b 3 h w"], path: str | Path, columns: int |
 def names(path: str | Path, images: Sequence[Image.Image]) -> list[Path]:
     """Where `Images.save` puts each picture."""
     target = Path(path)
-    if target.is_dir() or str(path).endswith(("/", "\\")):
+    if is_folder(path):
         return numbered([target / f"{slug(image)}.png" for image in images])
     check_suffix(target)
     if len(images) == 1:
         return [target]
     digits = len(str(len(images)))
     return [target.with_name(f"{target.stem}-{k:0{digits}}{target.suffix}") for k in range(1, len(images) + 1)]
+
+
+def is_folder(path: str | Path) -> bool:
+    return Path(path).is_dir() or str(path).endswith(("/", "\\"))
 
 
 def check_suffix(path: Path) -> None:
@@ -224,11 +228,11 @@ PICTURED = {  # the same where the run starts from a picture
     "Edit method": "method",
     "Edit inversion": "inversion",
     "Source prompt": "source",
-    "Source guidance": "source_guidance",
     "Cross control": "cross",
     "Self control": "self_attention",
     "Words": "words",
     "Region": "region",
+    "Region threshold": "threshold",
     "Weights": "weights",
 }
 PHOTO = "Photo"  # fingerprint of the picture; other programs' "Denoising strength" without it means something else
@@ -309,7 +313,7 @@ def _value(key: str, text: str) -> Any:
         match key:
             case "steps" | "seed" | "blur" | "padding":
                 return int(text)
-            case "eta" | "guidance" | "rescale" | "strength" | "image_guidance" | "source_guidance" | "cross" | "self_attention":
+            case "eta" | "guidance" | "rescale" | "strength" | "image_guidance" | "threshold" | "cross" | "self_attention":
                 return float(text)
             case "size":
                 width, height = text.split("x")

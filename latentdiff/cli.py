@@ -1,0 +1,261 @@
+"""The command line: each command calls one library function.
+
+To add a command, write a function whose annotated arguments are its options and whose docstring is its help, and put `@app.command`
+above it. Import inside the function: `latentdiff --help` loads no torch. A function elsewhere can be named by its path, as the
+trainers are.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from latentdiff import __version__
+
+app = App(
+    name="latentdiff",
+    help="Latent text-to-image diffusion. Every command has its own --help; --debug shows where an error comes from.",
+    version=__version__,
+    help_format="plaintext",
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
+)
+train = App(name="train", help="Train a network; a run that was stopped goes on.", default_parameter=Parameter(name="*"))
+app.command(train)
+train.command("latentdiff.training.vae:train_vae", name="vae", help="Train the autoencoder: pictures to latents and back.")
+train.command("latentdiff.training.clip:train_clip", name="clip", help="Train a CLIP: captions and pictures.")
+train.command("latentdiff.training.unet:train_unet", name="unet", help="Train the denoising U-Net on latents.")
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. What goes wrong is one line on stderr and exit code 2; with --debug, the traceback."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    tokens = [token for token in given if token != "--debug"]
+    if "--debug" in given:
+        app(tokens)
+        return
+    warnings.showwarning = lambda message, *_: print(f"latentdiff: {message}", file=sys.stderr)
+    try:
+        code = app(tokens)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        print(f"latentdiff: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether a user can mend it: wrong arguments and files, a damaged model, too little memory, a package that is missing."""
+    from cyclopts import CycloptsError
+
+    kinds = (CycloptsError, ValueError, OSError, FloatingPointError, ImportError, MemoryError)
+    return isinstance(error, kinds) or type(error).__name__ == "OutOfMemoryError"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@app.command
+def generate(
+    *prompts: str,
+    out: Annotated[str, Parameter(alias="-o")] = "./",
+    n: Annotated[int, Parameter(name="-n")] = 1,
+    prompts_file: Path | None = None,
+    recipe: Path | None = None,
+    model: Annotated[str | None, Parameter(alias="-m")] = None,
+    negative: str | None = None,
+    guidance: float | None = None,
+    rescale: float | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    spacing: str | None = None,
+    eta: float | None = None,
+    seed: int | None = None,
+    size: str | None = None,
+    batch: int | None = None,
+    grid: bool = False,
+    labels: bool = False,
+    columns: int | None = None,
+    device: str | None = None,
+    dtype: DType | None = None,
+    prediction: Literal["eps", "v", "x0"] | None = None,
+    vae: str | None = None,
+    allow_pickle: bool = False,
+    compile: bool = False,
+    quiet: Annotated[bool, Parameter(alias="-q")] = False,
+) -> None:
+    """Make pictures from text and write them, PNGs with the recipe that makes them again.
+
+    Parameters
+    ----------
+    prompts
+        What to draw; several texts make several pictures.
+    out
+        File (.png, .jpg, .webp; several pictures get -1, -2, …) or folder/ (files are called after prompt and seed).
+    n
+        Pictures of each prompt; picture k has seed + k.
+    prompts_file
+        A text file of more prompts, one a line.
+    recipe
+        A PNG that carries a recipe: make its picture again. Options given beside it change the recipe.
+    model
+        A file, a folder or a hub id (owner/name). Without it, the embedded model.
+    negative
+        What not to draw.
+    guidance
+        How strongly the prompt leads; 1 is the prompt alone. 7.5 for most models.
+    rescale
+        From 0 to 1: correct the overexposure that strong guidance brings.
+    steps
+        Network evaluations, 30 for most models.
+    sampler
+        ddim, ddpm, dpmpp_2m, "Euler a", "DPM++ 2M Karras", …: `latentdiff samplers` lists them.
+    spacing
+        trailing, leading, linspace, karras, …
+    eta
+        From 0 to 1: how much noise a sampler adds that takes this option.
+    seed
+        From 0 to 2^64 - 1; without it, one is drawn and printed.
+    size
+        Side in pixels, or WIDTHxHEIGHT.
+    batch
+        Pictures in one network call.
+    grid
+        Write one picture that shows all of them.
+    labels
+        Write the prompt under each picture of the grid.
+    columns
+        Columns of the grid.
+    device
+        cpu, cuda, mps, …; without it, the best that there is.
+    dtype
+        Of the networks; without it float32 on a CPU, float16 elsewhere.
+    prediction
+        What the U-Net predicts, where the model's files do not say.
+    vae
+        Another autoencoder: a file, a folder or a hub id.
+    allow_pickle
+        Also read .ckpt and .bin files (tensors only; nothing in them is executed).
+    compile
+        Compile the U-Net first: slow to start, then faster.
+    quiet
+        No progress bar.
+    """
+    options = {
+        "prompt": [*prompts, *read_prompts(prompts_file)] or None,
+        "negative": negative,
+        "guidance": guidance,
+        "rescale": rescale,
+        "steps": steps,
+        "sampler": sampler,
+        "spacing": spacing,
+        "eta": eta,
+        "seed": seed,
+        "size": None if size is None else sides(size),
+        "n": n,
+        "batch": batch,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if recipe is not None:
+        options = recalled(recipe) | options
+    if "prompt" not in options:
+        raise ValueError('prompts must be at least one text, such as latentdiff generate "a cat", got none')
+    check_out(out, grid)
+
+    from latentdiff.loading import load
+
+    pipe = load(model, device=device, dtype=dtype, prediction=prediction, vae=vae, allow_pickle=allow_pickle, compile=compile)
+    images = pipe(**options, progress=not quiet)
+    if grid:
+        write_grid(images, out, columns, labels)
+    for path, image in [] if grid else zip(images.save(out), images, strict=True):
+        print(f"{path}  seed {recipe_of(image)['seed']}")
+
+
+@app.command
+def doctor() -> int:
+    """Show versions, devices, the choices made from them, and what does not fit. Exit code 1 if something has to be done."""
+    from latentdiff.doctor import examine
+
+    fine = True
+    for finding in examine():
+        print(f"{'  ' if finding.ok else '! '}{finding.name:<16} {finding.text}")
+        fine = fine and finding.ok
+    return 0 if fine else 1
+
+
+# -------------------------------------------------------------------------------------------------------- small readers
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The lines of a text file that are not empty."""
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"prompts-file must be a text file in UTF-8, got {path}") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"prompts-file must hold at least one prompt, one a line, got {path}, which is empty")
+    return found
+
+
+def sides(size: str) -> int | tuple[int, int]:
+    """512, or 512x768 as (512, 768)."""
+    try:
+        numbers = [int(side) for side in size.lower().split("x")]
+        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+    except (ValueError, IndexError):
+        raise ValueError(f"size must be a side or WIDTHxHEIGHT in pixels, such as 512 or 512x768, got {size!r}") from None
+
+
+def recalled(path: Path) -> dict[str, Any]:
+    """The recipe of a PNG; what it says beyond is shown, since it will not be followed."""
+    from latentdiff.images import read_parameters
+
+    recipe, others = read_parameters(path)
+    made_by = ", ".join(f"{name}: {value}" for name, value in others.items())
+    print(f"latentdiff: recipe of {path}{f' ({made_by})' if made_by else ''}", file=sys.stderr)
+    return recipe
+
+
+def recipe_of(image: Any) -> dict[str, Any]:
+    from latentdiff.images import parse_parameters
+
+    return parse_parameters(image.info["parameters"])[0]
+
+
+def check_out(out: str, grid: bool) -> None:
+    """Before the work, not after it: a name that no picture can be written to."""
+    from latentdiff.images import check_suffix, is_folder
+
+    if grid and is_folder(out):
+        raise ValueError(f"out must be a file, such as grid.png, where --grid makes one picture, got {out!r}")
+    if not is_folder(out):
+        check_suffix(Path(out))
+
+
+def write_grid(images: Any, out: str, columns: int | None, labels: bool) -> None:
+    from latentdiff.images import save_image
+
+    recipes = [recipe_of(image) for image in images]
+    save_image(images.tile(columns, [recipe["prompt"] for recipe in recipes] if labels else None), Path(out))
+    print(f"{out}  {len(images)} pictures, seeds {recipes[0]['seed']} to {recipes[-1]['seed']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The command line: in the same process by `main`, and once as a user starts it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentdiff import cli
+from latentdiff import images as I
+from latentdiff.doctor import examine, torchvision_fit
+
+
+@pytest.fixture
+def run(tiny_folder, capsys, tmp_path, monkeypatch):
+    """run("generate", …) -> (exit code, stdout, stderr), in an empty folder; `model` adds the tiny model."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*tokens, model=True):
+        extra = ["--model", str(tiny_folder)] if model and tokens[0] == "generate" else []
+        extra += [] if "--device" in tokens or not extra else ["--device", "cpu"]
+        with pytest.raises(SystemExit) as exit:
+            cli.main([*map(str, tokens), *extra])
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return call
+
+
+def equal(a, b) -> bool:
+    return np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b)))
+
+
+def test_a_picture_and_what_is_said_of_it(run):
+    code, out, err = run("generate", "a cat", "-o", "new/cat.png", "--steps", 2, "--seed", 7)
+    assert (code, out) == (0, "new/cat.png  seed 7\n")
+    assert "2/2" in err  # the bar
+    assert Image.open("new/cat.png").size == (32, 32)
+    assert run("generate", "a cat", "-o", "b.png", "--steps", 2, "--seed", 7, "--quiet")[2] == ""
+    assert equal("new/cat.png", "b.png")
+
+
+def test_every_option_reaches_the_pipeline(run):
+    run(
+        "generate", "a cat", "-o", "a.png", "--negative", "a dog", "--guidance", 3.5, "--rescale", 0.2, "--steps", 3,
+        "--sampler", "ddim", "--spacing", "leading", "--eta", 0.5,
+        "--seed", 2**64 - 1, "--size", "40x16", "--batch", 2, "--dtype", "float32", "-q",
+    )  # fmt: skip
+    assert I.read_recipe("a.png") == {
+        "prompt": "a cat", "negative": "a dog", "guidance": 3.5, "rescale": 0.2, "steps": 3, "sampler": "ddim",
+        "spacing": "leading", "eta": 0.5, "seed": 2**64 - 1, "size": (40, 16),
+    }  # fmt: skip
+
+
+def test_several_prompts_pictures_and_a_file_of_prompts(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\n\n  two stars \n", encoding="utf-8")
+    code, out, _ = run("generate", "a cat", "--prompts-file", "prompts.txt", "-n", 2, "--seed", 3, "--steps", 1, "-o", "out/", "-q")
+    assert code == 0
+    names = ["a-cat"] * 2 + ["a-dog"] * 2 + ["two-stars"] * 2
+    assert out.splitlines() == [f"out/{name}-{seed}.png  seed {seed}" for seed, name in enumerate(names, 3)]
+    assert I.read_recipe("out/two-stars-8.png")["prompt"] == "two stars"
+    assert run("generate", "a cat", "-n", 2, "--steps", 1, "-o", "c.png", "-q")[1].split()[::3] == ["c-1.png", "c-2.png"]
+
+
+def test_a_grid_is_one_picture(run):
+    code, out, _ = run("generate", "a cat", "-n", 3, "--steps", 1, "-o", "g.png", "--grid", "--columns", 3, "--seed", 5, "-q")
+    assert (code, out) == (0, "g.png  3 pictures, seeds 5 to 7\n")
+    assert Image.open("g.png").size == (96, 32)
+    run("generate", "a cat", "--steps", 1, "-o", "h.png", "--grid", "--labels", "-q")
+    assert Image.open("h.png").height > 32
+
+
+def test_a_recipe_makes_the_picture_again(run):
+    run("generate", 'a cat, "x":\nSteps: 1', "-n", 2, "-o", "a.png", "--steps", 3, "--sampler", "ddpm", "--size", "16x24", "-q")
+    code, out, err = run("generate", "--recipe", "a-2.png", "-o", "b.png", "-q")
+    assert code == 0
+    assert equal("a-2.png", "b.png")
+    assert out == f"b.png  seed {I.read_recipe('a-2.png')['seed']}\n"
+    assert err.startswith("latentdiff: recipe of a-2.png (Model: tiny, Version: latentdiff ")
+    assert I.read_recipe("b.png") == I.read_recipe("a-2.png")
+    run("generate", "--recipe", "a-2.png", "-o", "c.png", "-q", "--size", "16")
+    assert I.read_recipe("c.png") == I.read_recipe("a-2.png") | {"size": (16, 16)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["generate"], "prompts must be at least one text"),
+        (["generate", "a", "--steps", "0"], "steps must be an integer from 1 to 1000, got 0"),
+        (["generate", "a", "--steps", "many"], "many"),
+        (["generate", "a", "--guidance", "nan"], "guidance must be a finite number, got nan"),
+        (["generate", "a", "--size", "13"], "size must be .* got 13"),
+        (["generate", "a", "--size", "1x2x3"], "size must be"),
+        (["generate", "a", "--size", "big"], "size must be a side or WIDTHxHEIGHT"),
+        (["generate", "a", "-n", "0"], "n must be an integer from 1 to 10000, got 0"),
+        (["generate", "a", "--sampler", "ddmi"], "sampler must be one of .*did you mean"),
+        (["generate", "a", "--stesp", "3"], "--stesp"),
+        (["generate", "a", "-o", "cat.gif"], "path must end in .png"),
+        (["generate", "a", "-o", "cat"], "path must end in .png"),
+        (["generate", "a", "--grid"], "out must be a file, such as grid.png"),
+        (["generate", "a", "--prompts-file", "none.txt"], "none.txt"),
+        (["generate", "--recipe", "none.png"], "none.png: there is no such file"),
+        (["generate", "a", "--device", "tpu"], "device must be"),
+        (["generate", "a", "--dtype", "int8"], "int8"),
+        (["generte", "a"], 'Did you mean "generate"'),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_code_2(run, tokens, message, tmp_path):
+    code, out, err = run(*tokens)
+    assert (code, out) == (2, "")
+    assert err.startswith("latentdiff: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert re.search(message, err)
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_a_model_that_is_not_there(run, tmp_path):
+    code, _, err = run("generate", "a", "--model", "missing.safetensors", model=False)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "missing.safetensors: there is no such file" in err
+    (tmp_path / "page.safetensors").write_text("<!doctype html>")
+    assert "HTML" in run("generate", "a", "--model", "page.safetensors", model=False)[2]
+
+
+def test_debug_shows_where_an_error_comes_from(run, tiny_folder):
+    with pytest.raises(ValueError, match="steps must be"):
+        cli.main(["generate", "a", "--steps", "0", "--model", str(tiny_folder), "--debug"])
+
+
+def test_errors_that_are_ours_are_not_hidden(monkeypatch, tiny_folder):
+    monkeypatch.setattr("latentdiff.loading.load", lambda *_, **__: 1 // "x")
+    with pytest.raises(TypeError):
+        cli.main(["generate", "a"])
+
+
+def test_the_help_of_every_command_is_there_without_torch():
+    code = (
+        "import sys; from latentdiff import cli\n"
+        "for tokens in (['--help'], ['generate', '--help'], ['doctor', '--help'], ['train', '--help'], ['--version']):\n"
+        "    try: cli.main(tokens)\n"
+        "    except SystemExit as e: assert not e.code, tokens\n"
+        "assert 'torch' not in sys.modules"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for text in ("generate", "doctor", "train", "--prompts-file", "--recipe", "unet"):
+        assert text in out
+
+
+@pytest.mark.parametrize("network", ["vae", "clip", "unet"])
+def test_trainers_take_their_options_from_their_configuration(network, capsys):
+    pytest.importorskip("accelerate")
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train", network, "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert "--out PATH" in out
+    assert "--data PATH" in out
+    assert "--lr FLOAT" in out
+
+
+def test_the_command_from_outside_with_no_network(tiny_folder, tmp_path):
+    """As a user starts it: another folder, sockets blocked, and none of the packages that only training needs."""
+    guard = tmp_path / "guard"
+    guard.mkdir()
+    (guard / "sitecustomize.py").write_text(
+        "import socket, sys\n"
+        "def blocked(*a, **k): raise RuntimeError('network')\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = blocked\n"
+        "for name in ('torchvision', 'open_clip', 'transformers', 'accelerate', 'scipy', 'diffusers'): sys.modules[name] = None\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "latentdiff.cli",
+        "generate",
+        "a cat",
+        "-o",
+        "cat.png",
+        "--steps",
+        "2",
+        "--model",
+        str(tiny_folder),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(guard)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cat.png  seed ")
+    assert Image.open(tmp_path / "cat.png").size == (32, 32)
+
+
+# -------------------------------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_reports_and_says_when_weights_are_missing(run, monkeypatch, tiny_folder):
+    from latentdiff import doctor
+
+    monkeypatch.setattr(doctor, "embedded", lambda: tiny_folder)
+    findings = {f.name: f for f in examine()}
+    assert {"latentdiff", "torch", "torchvision", "cpu", "choice", "threads", "weights"} <= set(findings)
+    assert "32×32 pixels" in findings["weights"].text
+    assert findings["choice"].text.split()[0] in ("cpu", "cuda", "mps")
+
+    def absent():
+        raise FileNotFoundError("the embedded model is nowhere")
+
+    monkeypatch.setattr(doctor, "embedded", absent)
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "! weights          the embedded model is nowhere" in out
+
+
+@pytest.mark.parametrize(
+    ("torch", "vision", "wanted", "error", "ok", "text"),
+    [
+        ("2.10.0", "0.25.0", "==2.10.0", None, True, "they fit"),
+        ("2.10.0+cu128", "0.25.0", "==2.10.0", None, True, "they fit"),
+        ("2.11.0", "0.25.0", ">=2.10", None, True, "they fit"),
+        ("2.11.0", "0.25.0", "==2.10.0", None, False, "they do not fit"),
+        ("2.11.0", "0.25.0", "", "operator torchvision::nms does not exist", False, "nms does not exist"),
+        ("2.11.0", None, "", "No module named torchvision", True, "pictures are made without it"),
+    ],
+)
+def test_torchvision_and_torch(torch, vision, wanted, error, ok, text):
+    found = torchvision_fit(torch, vision, wanted, error)
+    assert found.ok is ok
+    assert text in found.text
