@@ -186,7 +186,8 @@ def _open_pickle(path: Path, allowed: bool) -> TensorFile:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # the unpickler raises many types
         raise CheckpointError(f"{path}: torch refuses to read this pickle with weights_only=True: {_first_line(error)}") from None
-    return in_memory(path, _unnest(path, loaded))
+    name = loaded.get("name") if isinstance(loaded, Mapping) else None
+    return in_memory(path, _unnest(path, loaded), {"name": name} if isinstance(name, str) else {})
 
 
 def _is_zip(path: Path) -> bool:
@@ -203,6 +204,8 @@ def _unnest(path: Path, loaded: Any) -> dict[str, Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}")
+    if isinstance(inner := loaded.get("string_to_param"), Mapping):  # A1111's textual inversion
+        extra |= {f"string_to_param.{k}": v for k, v in inner.items() if isinstance(v, Tensor)}
     return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)} | extra
 
 

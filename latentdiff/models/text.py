@@ -56,7 +56,8 @@ class Tokenizer:
     """CLIP's byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) of lower-cased text.
 
     Begin, end and padding are not put in, and nothing that is typed becomes one of them: they belong to the tower (`TowerSpec`).
-    `added` words, beyond the vocabulary, are found in the text as they stand and get the next ids.
+    `added` words, beyond the vocabulary, are found in the text as they stand and get the next ids. Where `word_1`, `word_2`, … are
+    added too, `word` means all of them (a textual inversion of several vectors).
     """
 
     def __init__(
@@ -85,9 +86,17 @@ class Tokenizer:
             ]
         )
         self.backend.add_tokens([AddedToken(word) for word in self.added])
+        self.several = {self.id(word): ids for word in self.added if len(ids := self._vectors(word)) > 1}
+
+    def _vectors(self, word: str) -> list[int]:
+        ids = [self.id(word)]
+        while (following := self.id(f"{word}_{len(ids)}")) is not None and f"{word}_{len(ids)}" in self.added:
+            ids.append(following)
+        return [id for id in ids if id is not None]
 
     def __call__(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [one for id in ids for one in self.several.get(id, [id])] if self.several else ids
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
