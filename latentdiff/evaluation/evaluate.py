@@ -1,0 +1,303 @@
+"""What `latentdiff evaluate` measures: a model's pictures against their prompts and against held-out pictures, and its VAE.
+
+Each number is explained in MEANINGS, which the report repeats. The judge is by default the model's own CLIP. It works offline and
+knows the kind of pictures, but the U-Net listens to the same text tower: its numbers compare settings and trainings of one
+model, not models of others; name an `open_clip` judge for that.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff import __version__
+from latentdiff.checkpoints.files import write_json, write_text
+from latentdiff.diffusion.samplers import FACTS, resolve
+from latentdiff.evaluation.clip_score import ClipScorer, clip_score, ranks, top
+from latentdiff.evaluation.fid import frechet_distance, kernel_distance
+from latentdiff.images import parse_parameters, save_image, tile, to_pil, to_tensor
+from latentdiff.loading import embedded, load
+from latentdiff.pipeline import Pipeline
+from latentdiff.training.data import open_source
+from latentdiff.training.drawings import Drawings
+
+CHUNK = 16  # prompts a call of the pipeline: between two of them the bar moves
+SHOWN = 64  # pictures in the sheet
+
+MEANINGS = {
+    "clip_score": "100 · cosine of each picture and its prompt, averaged (0 to 100); to be compared with clip_score_real.",
+    "clip_score_real": "The same for held-out pictures and their own words: about what perfect pictures would get.",
+    "top1": "Generated pictures, in %, whose prompt suits them best among all names, in the judge's eyes.",
+    "top5": "The same, among the best five.",
+    "top1_real": "Held-out pictures, in %, whose own name suits them best: the judge's own zero-shot accuracy, a ceiling for top1.",
+    "top5_real": "The same, among the best five.",
+    "fid": "Fréchet distance of the judge's features, generated for the held-out pictures' words, against those (0 is best).",
+    "fid_floor": "The same for other people's drawings of the same things in the pictures' place: what a perfect model might get.",
+    "kid": "Kernel distance · 1000 of the same two sets; unbiased, so that sets of other sizes compare (0 is best, may be below).",
+    "kid_floor": "The same for other people's drawings of the same things.",
+    "vae_psnr": "dB between held-out pictures and what the VAE makes of them, 8 bits, averaged over pictures (higher is better).",
+    "seconds": "Wall-clock seconds for a generated picture, on this machine, as busy as it was.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`latentdiff evaluate`."""
+
+    data: Path
+    """Built drawings (scripts/build_dataset.py), or a folder or tar of captioned pictures, of which training has seen none."""
+    model: str | None = None
+    """A model file, folder or hub id; the embedded model if not given."""
+    out: Path = Path("evaluation")
+    """Folder for evaluation.json, evaluation.md and pictures.png."""
+    prompts: int = 300
+    """Pictures to generate for the zero-shot accuracy; for drawings each shows one everyday idea."""
+    pictures: int = 500
+    """Most held-out pictures to compare with, and to generate for that."""
+    guidance: float | None = None
+    """Guidance scale; the model's own if not given. Steps, sampler likewise."""
+    steps: int | None = None
+    """Sampling steps."""
+    sampler: str | None = None
+    """Sampler."""
+    seed: int = 0
+    """Of the choice of prompts, and of the first picture; the next has the next."""
+    batch: int | None = None
+    """Pictures in one network call."""
+    samplers: tuple[str, ...] = ()
+    """Samplers to compare, each at each of `sampler_steps`."""
+    sampler_steps: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
+    """Step counts at which samplers are compared."""
+    sampler_pictures: int = 100
+    """Pictures to generate for each of those."""
+    judge: str | None = None
+    """Another CLIP as judge: open_clip's name for it, "=", and a file with its weights, as in ViT-B-32=weights.safetensors."""
+    device: str | None = None
+    """cpu, cuda, mps; the best there is if not given."""
+    dtype: str | None = None
+    """float32, float16, bfloat16; the device's usual one if not given."""
+    progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("prompts", 1), ("pictures", 2), ("sampler_pictures", 2)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
+        if not self.data.exists():
+            raise FileNotFoundError(f"data: {self.data} does not exist")
+        if self.judge is not None and not all(self.judge.partition("=")):
+            raise ValueError(f"judge must be NAME=FILE, as in ViT-B-32=weights.safetensors, got {self.judge!r}")
+        for name in self.samplers:
+            resolve(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """What a model is asked, and what its answers are held against."""
+
+    prompts: list[str]  # what to draw
+    names: list[str]  # all that a picture might be called: distinct, with every prompt and caption among them
+    captions: list[str]  # of the held-out pictures
+    held_out: list[Image.Image]
+    others: list[Image.Image] = field(default_factory=list)  # of the same things, not by the model; may be none
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Numbers by their names in MEANINGS, a row for each sampler and step count, and how all of it was measured."""
+
+    numbers: Mapping[str, float]
+    samplers: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
+
+    def markdown(self) -> str:
+        lines = ["# Evaluation", "", ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, [], "")), ""]
+        lines += ["| measure | value | what it means |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {value:.4g} | {MEANINGS[name]} |" for name, value in self.numbers.items()]
+        if self.samplers:
+            heads = list(self.samplers[0])
+            lines += ["", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+            lines += [f"| {' | '.join(_short(v) for v in row.values())} |" for row in self.samplers]
+        return "\n".join(lines) + "\n"
+
+
+def evaluate(config: Evaluation) -> Report:
+    """Measure a model, and write what comes out to `config.out`.
+
+    Errors: those of loading the model and the data; ValueError for a model without a CLIP of its own, if no judge is named.
+    """
+    pipe = load(config.model, device=config.device, dtype=config.dtype)
+    exam = open_exam(config, pipe.spec.size)
+    judge = open_judge(config, pipe.device)
+    names = judge.texts(exam.names)
+    drawn, seconds = generate(pipe, exam.prompts, config, "zero-shot")
+    numbers = {
+        **drawn_numbers(judge, names, exam, drawn),
+        **distances(judge, exam, generate(pipe, exam.captions, config, "FID")[0]),
+    }
+    numbers |= {"vae_psnr": vae_psnr(pipe, exam.held_out), "seconds": seconds}
+    report = Report(numbers, compare_samplers(pipe, judge, exam, config), settings(pipe, judge, exam, drawn[0]))
+    write_json(config.out / "evaluation.json", asdict(report))
+    write_text(config.out / "evaluation.md", report.markdown())
+    save_image(tile(drawn[:SHOWN], columns=8, labels=exam.prompts[:SHOWN]), config.out / "pictures.png")
+    return report
+
+
+def settings(pipe: Pipeline, judge: ClipScorer, exam: Exam, drawn: Image.Image) -> dict[str, Any]:
+    """What another needs to know to get the same numbers; the first generated picture knows how it was made."""
+    recipe = parse_parameters(drawn.info["parameters"])[0]
+    chosen = {k: recipe[k] for k in ("sampler", "spacing", "steps", "guidance", "seed")}
+    return {
+        "model": pipe.title, "version": f"latentdiff {__version__}", "judge": judge.name,
+        "prompts": len(exam.prompts), "names": len(exam.names), "held-out": len(exam.held_out), **chosen,
+        "device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch."),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- questions
+
+
+def open_exam(config: Evaluation, size: int) -> Exam:
+    """Questions from built drawings, or from captioned pictures."""
+    if (config.data / "index.json").is_file():
+        return drawings_exam(Drawings(config.data), config, size)
+    return pictures_exam(config, size)
+
+
+def drawings_exam(drawings: Drawings, config: Evaluation, size: int) -> Exam:
+    """Everyday ideas to draw; all concepts as names; the held-out drawings, and what other hands made of their concepts."""
+
+    def words(concept: str) -> str:
+        return drawings.words[concept]["phrases"][0]
+
+    held_out = drawings.held_out[: config.pictures]
+    concepts = [drawings.records[i]["concept"] for i in held_out]
+    by_others = [
+        next(i for i in drawings.hands[c] if style(drawings, i) != style(drawings, k))
+        for c, k in zip(concepts, held_out, strict=True)
+    ]
+    everyday = list(dict.fromkeys(words(c) for c in drawings.everyday))
+    return Exam(
+        prompts=picked(everyday, config.prompts, config.seed),
+        names=list(dict.fromkeys(drawings.concept_prompts())),
+        captions=[words(c) for c in concepts],
+        held_out=[Image.fromarray(drawings.plain(i, size)) for i in held_out],
+        others=[Image.fromarray(drawings.plain(i, size)) for i in by_others],
+    )
+
+
+def style(drawings: Drawings, index: int) -> str:
+    return drawings.records[index]["style"]
+
+
+def pictures_exam(config: Evaluation, size: int) -> Exam:
+    """Captioned pictures: their captions are prompts and names at once."""
+    source = open_source(config.data, size)
+    found = [source.get(i, config.seed) for i in picked(range(len(source)), config.pictures, config.seed)]
+    captions = [caption for _, caption in found]
+    names = list(dict.fromkeys(captions))
+    held_out = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image, _ in found]
+    return Exam(prompts=picked(names, config.prompts, config.seed), names=names, captions=captions, held_out=held_out)
+
+
+def picked(items: Sequence[Any], n: int, seed: int) -> list[Any]:
+    """n of the items, or all if there are fewer, in their order."""
+    chosen = np.random.default_rng(seed).permutation(len(items))[:n]
+    return [items[i] for i in sorted(chosen)]
+
+
+def open_judge(config: Evaluation, device: torch.device) -> ClipScorer:
+    if config.judge is not None:
+        name, _, weights = config.judge.partition("=")
+        return ClipScorer.from_open_clip(name, weights, device)
+    folder = embedded() if config.model is None else Path(config.model)
+    if not (folder / "clip" / "config.json").is_file():
+        raise ValueError(
+            f"judge must be named: {folder} has no CLIP of its own (clip/config.json); as in ViT-B-32=weights.safetensors"
+        )
+    return ClipScorer.from_folder(folder, device)
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def generate(
+    pipe: Pipeline, prompts: Sequence[str], config: Evaluation, what: str, **options: Any
+) -> tuple[list[Image.Image], float]:
+    """A picture of each prompt, and the seconds that one took. options: as for `pipe`, before the configured ones."""
+    keywords = {"guidance": config.guidance, "steps": config.steps, "sampler": config.sampler, "batch": config.batch, **options}
+    drawn, began = [], time.perf_counter()
+    with tqdm(total=len(prompts), desc=what, unit="picture", disable=not config.progress, dynamic_ncols=True) as bar:
+        for start in range(0, len(prompts), CHUNK):
+            chunk = list(prompts[start : start + CHUNK])
+            drawn += pipe(chunk, seed=config.seed + start, progress=False, **keywords)
+            bar.update(len(chunk))
+    return drawn, (time.perf_counter() - began) / len(prompts)
+
+
+def drawn_numbers(judge: ClipScorer, names: Tensor, exam: Exam, drawn: Sequence[Image.Image]) -> dict[str, float]:
+    """CLIP score and zero-shot accuracy of generated pictures, and of the held-out ones."""
+    found, index = {}, {name: i for i, name in enumerate(exam.names)}
+    for suffix, images, texts in (("", drawn, exam.prompts), ("_real", exam.held_out, exam.captions)):
+        features, own = judge.images(images), torch.tensor([index[text] for text in texts])
+        rank = ranks(features, names, own)
+        found |= {f"clip_score{suffix}": clip_score(features, names[own]).mean().item()}
+        found |= {f"top1{suffix}": top(rank, 1), f"top5{suffix}": top(rank, 5)}
+    return {name: found[name] for name in MEANINGS if name in found}
+
+
+def distances(judge: ClipScorer, exam: Exam, drawn: Sequence[Image.Image]) -> dict[str, float]:
+    """FID and KID of generated pictures, and of other people's, against the held-out ones."""
+    real, found = judge.images(exam.held_out), {}
+    for suffix, images in (("", drawn), ("_floor", exam.others)):
+        if images:
+            features = judge.images(images)
+            found |= {f"fid{suffix}": frechet_distance(features, real), f"kid{suffix}": 1000 * kernel_distance(features, real)}
+    return {name: found[name] for name in MEANINGS if name in found}
+
+
+def vae_psnr(pipe: Pipeline, pictures: Sequence[Image.Image]) -> float:
+    """10 log10(255² / mean squared error) of each picture sent through the VAE, in 8 bits, averaged."""
+    found = []
+    for picture in pictures:
+        back = to_pil(pipe.decode(pipe.encode(to_tensor([picture]))))[0]
+        error = np.square(np.asarray(picture, np.float64) - np.asarray(back, np.float64)).mean()
+        found.append(10 * np.log10(255**2 / max(error, 1e-6)))
+    return float(np.mean(found))
+
+
+def compare_samplers(pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Evaluation) -> list[dict[str, Any]]:
+    """FID, KID, CLIP score and time of each sampler at each number of steps, on the first held-out pictures' words."""
+    rows, captions = [], exam.captions[: config.sampler_pictures]
+    real, texts = judge.images(exam.held_out), judge.texts(captions)
+    for name in config.samplers:
+        for steps in config.sampler_steps:
+            drawn, seconds = generate(pipe, captions, config, f"{name}, {steps} steps", sampler=name, steps=steps)
+            features = judge.images(drawn)
+            rows.append(
+                {
+                    "sampler": name,
+                    "steps": steps,
+                    "evaluations": steps * FACTS[resolve(name)[0]].evaluations,
+                    "fid": frechet_distance(features, real),
+                    "kid": 1000 * kernel_distance(features, real),
+                    "clip_score": clip_score(features, texts).mean().item(),
+                    "seconds": seconds,
+                }
+            )
+    return rows
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
