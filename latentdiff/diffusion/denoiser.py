@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> x0; conditioning a
 
 
 class Network(Protocol):
-    """F(c_in · x, t, context, vector): a U-Net, or a formula in a test."""
+    """F(c_in · x, t, context, vector): a U-Net, or a formula in a test. `attend` and `merge` are passed only if a run sets them."""
 
     def __call__(self, x: Tensor, t: Tensor, context, vector: Tensor | None = None, /) -> Tensor: ...
 
@@ -47,6 +47,9 @@ class Denoiser:
     schedule: NoiseSchedule
     prediction: Prediction = "eps"
     dtype: torch.dtype | None = None
+    prepare: Callable[[Any], Any] | None = None  # what is done to a condition once a run: its keys and values, for this network
+    attend: Callable[..., Tensor] | None = None  # in the place of the network's attention (models.attention.Attend)
+    merge: Callable[..., Tensor] | None = None  # in the place of its concatenation of skip connections (models.unet.Merge)
 
     def __call__(self, x: Float[Tensor, "b c h w"], sigma: Tensor, cond) -> Float[Tensor, "b c h w"]:
         """sigma: 0-dim, or [b]. cond: an object with `context` and `vector`, as the network takes them."""
@@ -54,7 +57,8 @@ class Denoiser:
         c_skip, c_out = (_like(c, x) for c in scalings(self.prediction, sigma))
         c_in = _like((sigma**2 + 1).rsqrt(), x)
         t = self.schedule.t(sigma).to(torch.float32).expand(x.shape[0]).to(x.device, non_blocking=True)
-        F = self.network((c_in * x).to(self.dtype or x.dtype), t, cond.context, cond.vector)
+        seams = {name: seam for name, seam in (("attend", self.attend), ("merge", self.merge)) if seam is not None}
+        F = self.network((c_in * x).to(self.dtype or x.dtype), t, cond.context, cond.vector, **seams)
         return c_skip * x + c_out * F.to(x.dtype)
 
     def loss(self, x0: Float[Tensor, "b c h w"], cond, eps: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -1,53 +1,116 @@
-"""Guidance: a Denoiser, its conditions and a rule become the Denoise that a sampler calls.
-
-Rules combine estimates of x0. Because x0 is affine in the network's output with the same coefficients for both halves, guidance on
-x0 equals guidance on eps (or v).
-"""
+"""Guidance: a Denoiser, its conditions and a rule become the Denoise that a sampler calls."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoise, Denoiser
+from latentdiff.diffusion.rules import NEGATIVE, PROMPT, Latents, Rule, View, cfg, cfg_rescale, rule
 
-Rule = Callable[[Tensor, Tensor], Tensor]  # (x0 with the prompt, x0 with the negative) -> x0
-
-
-def cfg(scale: float) -> Rule:
-    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6): negative + scale · (prompt − negative)."""
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance must be a finite number, got {scale!r}")
-    return lambda cond, uncond: uncond + scale * (cond - uncond)
-
-
-def cfg_rescale(scale: float, phi: float = 0.7) -> Rule:
-    """CFG with the result's std pulled back to the conditional one's (Lin et al., arXiv 2305.08891, eq. 14–16), on x0."""
-    plain = cfg(scale)
-
-    def rule(cond: Tensor, uncond: Tensor) -> Tensor:
-        x0 = plain(cond, uncond)
-        dims = tuple(range(1, x0.ndim))
-        return phi * x0 * (cond.std(dims, keepdim=True) / x0.std(dims, keepdim=True)) + (1 - phi) * x0
-
-    return rule
+__all__ = ["Rule", "cfg", "cfg_rescale", "guided", "rule", "scheduled"]
 
 
 def guided(denoiser: Denoiser, cond, uncond=None, rule: Rule | None = None) -> Denoise:
-    """(x, sigma) -> x0 with conditions and guidance inside; both halves run as one batch.
+    """(x, sigma) -> x0 with conditions and guidance inside; the estimates of one model run as one batch.
 
-    cond, uncond: objects with `context`, `vector` and `join` (conditioning.Cond), one entry a picture. Without `uncond` or `rule`
-    (guidance 1) the network runs on the prompt alone, at half the cost.
+    cond: an object with `context`, `vector` and `join` (conditioning.Cond), one entry a picture; or several with weights, [(cond,
+    weight), …], guided together: negative + sum of weights · (prompt - negative) (Liu et al., arXiv 2206.01714), each at its cost.
+    A weight is a number, or one for each picture [b]. uncond: the negative prompt's. Without a rule, or where none of its terms
+    acts, the network runs on the prompt alone: bit for bit the conditional run, at half of cfg's cost.
     """
-    if uncond is None or rule is None:
-        return lambda x, sigma: denoiser(x, sigma, cond)
-    both = uncond.join(cond)
+    parts = list(cond) if isinstance(cond, Sequence) else [(cond, 1.0)]
+    lone = len(parts) == 1 and isinstance(parts[0][1], int | float) and parts[0][1] == 1
+    rule = rule or Rule("cfg(1)")
+    if uncond is None and (not lone or any(view.negative for term in rule.terms for view in term.needs)):
+        raise ValueError(f"uncond must be given: {rule.text if lone else 'a sum of prompts'} compares with the negative prompt")
+    if rule.merge:
+        denoiser = replace(denoiser, merge=rule.merge)
+    always = (PROMPT,) if lone else (PROMPT, NEGATIVE)
+    evaluators: dict[tuple[View, ...], Callable[[Latents, Tensor], list[Latents]]] = {}
 
-    def denoise(x: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:
-        x0_uncond, x0_cond = denoiser(x.repeat(2, 1, 1, 1), sigma, both).chunk(2)
-        return rule(x0_cond, x0_uncond)
+    def denoise(x: Latents, sigma: Tensor) -> Latents:
+        terms = rule.at(float(sigma))
+        views = tuple(dict.fromkeys([*always, *(view for term in terms for view in term.needs)]))
+        slots = [(view, c) for view in views for c in ([uncond] if view.negative else [c for c, _ in parts])]
+        if views not in evaluators:
+            evaluators[views] = _evaluator(denoiser, slots)
+        seen: dict[View, list[Latents]] = {view: [] for view in views}
+        for (view, _), x0 in zip(slots, evaluators[views](x, sigma), strict=True):
+            seen[view].append(x0)
+        negative = seen.get(NEGATIVE, [None])[0]
+        weights = [weight for _, weight in parts]
+        x0 = {view: xs[0] if lone or view.negative else _together(xs, weights, negative) for view, xs in seen.items()}
+        return rule.combine(x0, terms)
+
+    return denoise
+
+
+def _together(x0s: list[Latents], weights: list[float | Tensor], negative: Latents | None) -> Latents:
+    assert negative is not None
+    out = negative
+    for x0, weight in zip(x0s, weights, strict=True):
+        factor = weight.to(x0).reshape(-1, 1, 1, 1) if isinstance(weight, Tensor) else weight
+        out = out + factor * (x0 - negative)
+    return out
+
+
+def _evaluator(denoiser: Denoiser, slots: list[tuple[View, Any]]) -> Callable[[Latents, Tensor], list[Latents]]:
+    """(x, sigma) -> x0 of each slot. Slots of one model share a call; conditions are joined and prepared once."""
+    models = dict.fromkeys(view.model or denoiser for view, _ in slots)
+    calls = []
+    for model in models:
+        own = [k for k, (view, _) in enumerate(slots) if (view.model or denoiser) is model]
+        joined = slots[own[0]][1]
+        for k in own[1:]:
+            joined = joined.join(slots[k][1])
+        blind = [slots[k][0].blind for k in own]
+        with_seams = replace(model, attend=_blinded(model.attend or _sdpa, blind)) if any(blind) else model
+        calls.append((with_seams, model.prepare(joined) if model.prepare else joined, own))
+
+    def evaluate(x: Latents, sigma: Tensor) -> list[Latents]:
+        out: list[Any] = [None] * len(slots)
+        for model, cond, own in calls:
+            batch = x.repeat(len(own), *[1] * (x.ndim - 1)) if len(own) > 1 else x
+            for k, x0 in zip(own, model(batch, sigma, cond).chunk(len(own)), strict=True):
+                out[k] = x0
+        return out
+
+    return evaluate
+
+
+def _blinded(attend: Callable[..., Tensor], blind: list[tuple[str, ...]]) -> Callable[..., Tensor]:
+    """Attention in which those shares of the batch that are blind here get their own values back (Ahn et al., arXiv 2403.17377)."""
+
+    def blinded(q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:
+        here = [not site.cross and site.name.startswith(layers) for layers in blind]
+        if not any(here):
+            return attend(q, k, v, site)
+        shares = zip(here, *(t.chunk(len(blind)) for t in (q, k, v)), strict=True)
+        return torch.cat([v_ if is_blind else attend(q_, k_, v_, site) for is_blind, q_, k_, v_ in shares])
+
+    return blinded
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def scheduled(sigmas: Float[Tensor, " steps+1"], parts: Sequence[tuple[int, Denoise]]) -> Denoise:
+    """One Denoise for each part of a run: (the number of the step with which it ends, denoise), the last at the end of the grid.
+
+    A level between those of the grid belongs to the step that passes it.
+    """
+    levels = sigmas.tolist()
+
+    def denoise(x: Latents, sigma: Tensor) -> Latents:
+        begun = sum(level >= float(sigma) for level in levels)
+        return next(d for end, d in parts if begun <= end or end == parts[-1][0])(x, sigma)
 
     return denoise

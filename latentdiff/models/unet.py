@@ -5,7 +5,7 @@ SD 1.x, 2.x, SDXL and its refiner, the inpainting and instruct variants and our 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, sdpa
+from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, repeated, sdpa
+from latentdiff.models.norm import norm_silu
+
+Merge = Callable[[Tensor, Tensor, int], Tensor]
+"""(features [b, c, h, w], skip connection [b, d, h, w], number of the up block) -> [b, c + d, h, w]"""
+
+
+def concatenate(x: Float[Tensor, "b c h w"], skip: Float[Tensor, "b d h w"], block: int) -> Float[Tensor, "b c+d h w"]:
+    return torch.cat([x, skip], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,13 @@ def sinusoids(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def halves_alike(x: Tensor) -> bool:
+    """Whether the second half of a batch is the first again, as in guidance; never where looking would wait for a GPU."""
+    half = len(x) // 2
+    looks = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return looks and half > 0 and torch.equal(x[:half], x[half:])
+
+
 class Embedding(nn.Module):
     """A two-layer net that brings sinusoids (or SDXL's vector) to the width that the res blocks listen to."""
 
@@ -74,7 +89,9 @@ class Embedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the (already activated) time embedding added between them, and a residual around."""
+    """Two convolutions with a shift for the time added between them, and a residual around."""
+
+    place: slice  # of this block's shifts among those of all blocks; set by the network
 
     def __init__(self, channels: int, out_channels: int, time_dim: int, norm_groups: int, eps: float):
         super().__init__()
@@ -85,10 +102,10 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b out h w"]:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(emb)[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
+    def forward(self, x: Float[Tensor, "b c h w"], shifts: Float[Tensor, "b s"]) -> Float[Tensor, "b out h w"]:
+        y = self.conv1(norm_silu(self.norm1, x))
+        y = y + shifts[: len(x), self.place, None, None]
+        y = self.conv2(norm_silu(self.norm2, y))
         return self.conv_shortcut(x) + y
 
 
@@ -118,11 +135,11 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList(downsamplers)
 
-    def forward(self, x: Tensor, emb: Tensor, prompt: list[KeysValues], attend: Attend) -> list[Tensor]:
+    def forward(self, x: Tensor, shifts: Tensor, prompt: list[KeysValues], attend: Attend) -> list[Tensor]:
         """All intermediate maps, for the skip connections; the last is the input of the next block."""
         maps = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
+            x = resnet(x, shifts)
             if self.attentions:
                 x = self.attentions[i](x, prompt, attend)
             maps.append(x)
@@ -135,10 +152,10 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList([attention])
 
-    def forward(self, x: Tensor, emb: Tensor, prompt: list[KeysValues], attend: Attend) -> Tensor:
-        x = self.resnets[0](x, emb)
+    def forward(self, x: Tensor, shifts: Tensor, prompt: list[KeysValues], attend: Attend) -> Tensor:
+        x = self.resnets[0](x, shifts)
         x = self.attentions[0](x, prompt, attend)
-        return self.resnets[1](x, emb)
+        return self.resnets[1](x, shifts)
 
 
 class UpBlock(nn.Module):
@@ -149,11 +166,19 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList(upsamplers)
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], size: Sequence[int], emb: Tensor, prompt: list[KeysValues], attend: Attend
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        size: Sequence[int],
+        shifts: Tensor,
+        prompt: list[KeysValues],
+        attend: Attend,
+        merge: Merge,
+        number: int,
     ) -> Tensor:
         """Take one of `skips` a res block, the last first; `size` is the height and width after the block."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            x = resnet(torch.cat([x, skip], dim=1), emb)
+            x = resnet(merge(x, repeated(skip, len(x)), number), shifts)
             if self.attentions:
                 x = self.attentions[i](x, prompt, attend)
         for upsample in self.upsamplers:
@@ -214,16 +239,18 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        self._number_attentions()
+        self._number_blocks()
 
-    def _number_attentions(self) -> None:
-        count = 0
+    def _number_blocks(self) -> None:
+        count = shifts = 0
         for name, module in self.named_modules():
             if isinstance(module, Attention):
                 module.site = Site(name, module.cross)
             elif isinstance(module, Transformer):
                 module.first = count
                 count += len(module.transformer_blocks)
+            elif isinstance(module, ResBlock):
+                module.place = slice(shifts, shifts := shifts + module.conv1.out_channels)
         self.cross_attentions = count
 
     def project_context(self, context: Float[Tensor, "b n d"]) -> list[KeysValues]:
@@ -245,33 +272,41 @@ class UNet(nn.Module):
         *,
         guidance_embedding: Float[Tensor, "b e"] | None = None,
         attend: Attend = sdpa,
+        merge: Merge = concatenate,
     ) -> Float[Tensor, "b out h w"]:
         """The prediction for noisy latents x (scaled to variance about 1) at times t of the training schedule.
 
         context: the prompt's embedding, or what `project_context` made of it. vector: SDXL's pooled text and sizes.
         guidance_embedding: LCM's embedding of the guidance scale. attend: called in place of `sdpa` at every site.
+        merge: called in place of `concatenate` where a skip connection joins the way up.
         Raises ValueError where a shape does not fit the configuration.
         """
         self._check(x, t, vector, guidance_embedding)
         self._check_batch(context, len(x))
         prompt = self.project_context(context) if isinstance(context, Tensor) else context
-
-        emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(x.dtype), guidance_embedding)
-        if vector is not None:
-            emb = emb + self.add_embedding(vector)
-        emb = F.silu(emb)  #                                                           [b, 4 widths[0]]
+        shifts = self._embed_times(t, vector, guidance_embedding, x.dtype)
+        if attend is sdpa and halves_alike(x) and halves_alike(shifts):
+            x = x[: len(x) // 2]  # all is the same until the prompt is heard, where the first cross-attention repeats it
 
         x = self.conv_in(x)  #                                                         [b, widths[0], h, w]
         skips = [x]
         for block in self.down_blocks:
-            skips += self._run(block, skips[-1], emb, prompt, attend)
-        x = self._run(self.mid_block, skips[-1], emb, prompt, attend)  #               [b, widths[-1], h/8, w/8]
+            skips += self._run(block, skips[-1], shifts, prompt, attend)
+        x = self._run(self.mid_block, skips[-1], shifts, prompt, attend)  #               [b, widths[-1], h/8, w/8]
         n = self.config.layers_per_block + 1
-        for block in self.up_blocks:
+        for number, block in enumerate(self.up_blocks):
             skips, own = skips[:-n], skips[-n:]
             size = (skips or own)[-1].shape[-2:]
-            x = self._run(block, x, own, size, emb, prompt, attend)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  #                         [b, out, h, w]
+            x = self._run(block, x, own, size, shifts, prompt, attend, merge, number)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))  #                      [b, out, h, w]
+
+    def _embed_times(self, t: Tensor, vector: Tensor | None, guidance_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What each res block adds at these times, side by side: [b, s]."""
+        emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype), guidance_embedding)
+        if vector is not None:
+            emb = emb + self.add_embedding(vector)
+        emb = F.silu(emb)  #                                                           [b, 4 widths[0]]
+        return torch.cat([block.time_emb_proj(emb) for block in self.modules() if isinstance(block, ResBlock)], dim=1)
 
     def _run(self, block: nn.Module, *args):
         return checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)

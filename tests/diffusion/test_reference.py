@@ -1,6 +1,6 @@
 """The sums that the field's biggest library publishes for its schedulers, from our samplers.
 
-Its toy: x = arange(768) / 768 as [4, 3, 8, 8], the "model" gives x · t / (t + 1), 1000 training steps, linear betas, 0.0001 to 0.02.
+Its toy: x = arange(768) / 768 as [4, 3, 8, 8], the "model" gives x · t / (t + 1), 1000 training steps, linear betas 0.0001–0.02.
 The toy has habits that no pipeline has. They are copied here, in the tests, and each is named where it stands.
 """
 
