@@ -7,6 +7,7 @@ Whoever wants to look at or change attention (prompt-to-prompt, a faster kernel)
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,7 +32,44 @@ def sdpa(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"], site: Site
 ) -> Float[Tensor, "b h n d"]:
     """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, arXiv 1706.03762, eq. 1); the same at every site."""
+    return dot_product_attention(q, k, v)
+
+
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own, but for bfloat16 over many keys on a CPU, where torch's is slow: 1.4 to 1.7 times the time of `blocked`."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] >= 512 and not torch.is_grad_enabled():
+        return blocked(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.library.custom_op("latentdiff::blocked", mutates_args=())
+def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in three products a block of rows, small enough that its scores stay in the processor's cache.
+
+    Scores are stored in 16 bits, so a rough maximum c of each row (over 128 keys) is taken off inside the product, where sums
+    are still float32: q·k − c = [q, −c] · [k, 1]. What counts, near the maximum, is then small and keeps its digits.
+    """
+    (b, h, n, d), m = q.shape, k.shape[-2]
+    c = (q @ k[:, :, :: m // 128].mT).amax(-1, keepdim=True)
+    q, k = torch.cat([q, -c], -1), torch.cat([k, torch.ones_like(k[..., :1])], -1)
+    v = F.pad(v, (0, -d % 16))  # whole vector registers
+    out = q.new_empty(b, n, h, d)
+    rows = max(16, 2**19 * torch.get_num_threads() // m)
+    for i, j, r in ((i, j, r) for i in range(b) for j in range(h) for r in range(0, n, rows)):
+        scores = torch.addmm(q.new_empty(()), q[i, j, r : r + rows], k[i, j].mT, beta=0, alpha=d**-0.5)
+        out[i, r : r + rows, j] = (scores.softmax(-1) @ v[i, j])[:, :d]
+    return out.transpose(1, 2)
+
+
+@blocked.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, h, n, d = q.shape
+    return q.new_empty(b, n, h, d).transpose(1, 2)
+
+
+def repeated(x: Tensor, n: int) -> Tensor:
+    """x, its rows over again until there are n."""
+    return x if len(x) == n else x.repeat(n // len(x), *[1] * (x.ndim - 1))
 
 
 class Attention(nn.Module):
@@ -97,6 +135,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b n c"], prompt: KeysValues, attend: Attend) -> Float[Tensor, "b n c"]:
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.keys_values(y), attend)
+        x = repeated(x, len(prompt[0]))  # one picture may have several prompts: guidance's two
         x = x + self.attn2(self.norm2(x), prompt, attend)
         return x + self.ff(self.norm3(x))
 
@@ -126,7 +165,7 @@ class Transformer(nn.Module):
             y = block(y, prompt[i], attend)
         h, w = x.shape[-2:]
         y = feature_map(self.proj_out(y), h, w) if self.linear else self.proj_out(feature_map(y, h, w))
-        return x + y  #                                                            [b, c, h, w]
+        return repeated(x, len(y)) + y  #                                          [b, c, h, w]
 
 
 def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:

@@ -252,6 +252,7 @@ class UNet(nn.Module):
             elif isinstance(module, ResBlock):
                 module.place = slice(shifts, shifts := shifts + module.conv1.out_channels)
         self.cross_attentions = count
+        self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
 
     def project_context(self, context: Float[Tensor, "b n d"]) -> list[KeysValues]:
         """Keys and values [b, heads, n, channels/heads] of every cross-attention, in module order.
@@ -306,7 +307,7 @@ class UNet(nn.Module):
         if vector is not None:
             emb = emb + self.add_embedding(vector)
         emb = F.silu(emb)  #                                                           [b, 4 widths[0]]
-        return torch.cat([block.time_emb_proj(emb) for block in self.modules() if isinstance(block, ResBlock)], dim=1)
+        return torch.cat([block.time_emb_proj(emb) for block in self.res_blocks], dim=1)
 
     def _run(self, block: nn.Module, *args):
         return checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentdiff.models.attention import feature_map, tokens
+from latentdiff.models.attention import dot_product_attention, feature_map, tokens
+from latentdiff.models.norm import norm_silu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv1(norm_silu(self.norm1, x))
+        y = self.conv2(norm_silu(self.norm2, y))
         return self.conv_shortcut(x) + y
 
 
@@ -69,7 +70,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         y = tokens(self.group_norm(x))[:, None]  #                                    [b, 1, hw, c]
-        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        y = dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
         return x + feature_map(self.to_out(y)[:, 0], *x.shape[-2:])  #                [b, c, h, w]
 
 
@@ -151,7 +152,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -175,7 +176,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class VAE(nn.Module):

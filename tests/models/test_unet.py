@@ -238,6 +238,32 @@ def test_a_batch_equals_its_pictures_one_by_one(config):
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "embedded"])
+@pytest.mark.parametrize("size", [(16, 16), (13, 18)], ids=["even", "odd"])
+def test_what_both_halves_of_guidance_share_is_computed_once(name, size):
+    """Same numbers as for the two halves one by one; other latents, times or vectors are not taken for the same."""
+    config = SMALL[name]
+    unet, given = make(config), inputs(config, batch=1, size=size)
+    pairs = {key: value if value is None else torch.cat([value, value]) for key, value in given.items()}
+    pairs["context"] = torch.randn(2, 7, config.context_dim)
+    rows = []
+    unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda block, args: rows.append(len(args[0])))
+
+    def one_by_one(given):
+        alone = [{key: value if value is None else value[i : i + 1] for key, value in given.items()} for i in range(2)]
+        return torch.cat([unet(**inputs) for inputs in alone])
+
+    changes = [{}, {"x": pairs["x"] + torch.tensor([0, 1e-3]).view(2, 1, 1, 1)}, {"t": torch.tensor([981.0, 980.0])}]
+    changes += [{"vector": torch.randn(2, 64)}] if config.vector_dim else []
+    for change, expected in zip(changes, [1, 2, 2, 2], strict=False):
+        with torch.no_grad():
+            torch.testing.assert_close(unet(**pairs | change), one_by_one(pairs | change), rtol=1e-5, atol=1e-5)
+        assert rows == [expected, 1, 1]
+        rows.clear()
+    unet(**pairs)
+    assert rows == [2]  # under autograd all stays as it is
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_channels_last_changes_the_memory_only(name):
