@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from latentdiff.checkpoints.files import CheckpointError, write_safetensors
-from latentdiff.checkpoints.textual_inversion import read_inversion, with_inversions
 from latentdiff.checkpoints.io import load_parts
 from latentdiff.checkpoints.save import save_folder
+from latentdiff.checkpoints.textual_inversion import read_inversion, with_inversions
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,106 @@
+"""Full guided runs of ten steps with the same noise: every family, at its true architecture but narrow, against diffusers."""
+
+import pytest
+import torch
+from PIL import Image
+
+import latentdiff
+from latentdiff import origin
+from latentdiff.checkpoints.io import load_parts
+from latentdiff.checkpoints.save import save_single
+from latentdiff.images import to_tensor
+
+from .conftest import SMALL
+
+pytestmark = pytest.mark.oracle
+PROMPT = "a red cat, flat style"  # no "!": diffusers takes a typed one for OpenCLIP's padding
+SIDE = 64
+
+
+def photo() -> Image.Image:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (4, 4, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy()).resize((SIDE, SIDE))
+
+
+def mask() -> Image.Image:
+    image = Image.new("L", (SIDE, SIDE), 0)
+    image.paste(255, (16, 8, 56, 40))
+    return image
+
+
+def ours(pipe, **options) -> torch.Tensor:
+    """The latents that a run ends on."""
+    *_, last = pipe.stream(PROMPT, steps=10, seed=7, size=SIDE, sampler="ddim", **options)
+    return last.x / (1 + last.sigma**2).sqrt()
+
+
+def theirs(folder, name: str, **options) -> torch.Tensor:
+    import diffusers
+
+    pipe = getattr(diffusers, SMALL[name].pipeline).from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 10, "generator": torch.Generator().manual_seed(7), "output_type": "latent", **options}
+    return pipe(prompt=PROMPT, **options).images
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert a.shape == b.shape
+    assert b.std() > 0.1
+    error = float((a - b).abs().max() / b.abs().max())
+    assert error < 1e-4, error
+
+
+@pytest.fixture(params=["folder", "single file"])
+def loaded(folder, tmp_path, request):
+    """A small family, through `latentdiff.load`: the folder that diffusers wrote, or our single file of it."""
+
+    def load(name: str):
+        path = folder(name)
+        if request.param == "single file":
+            save_single(load_parts(path), tmp_path / f"{name}.safetensors")
+            path = tmp_path / f"{name}.safetensors"
+        return latentdiff.load(path, device="cpu")
+
+    return load
+
+
+@pytest.mark.parametrize("negative", [None, "a dog"])
+@pytest.mark.parametrize("name", ["sd15", "sd21-base", "sd21", "sdxl"])
+@torch.no_grad()
+def test_text_to_image(folder, loaded, name, negative):
+    a = ours(loaded(name), negative=negative, guidance=7.5)
+    b = theirs(folder(name), name, negative_prompt=negative, guidance_scale=7.5, height=SIDE, width=SIDE)
+    close(a, b)
+
+
+@pytest.mark.parametrize("name", ["sd15-inpaint", "sd2-inpaint", "sdxl-inpaint"])
+@torch.no_grad()
+def test_inpainting(folder, loaded, name):
+    pipe = loaded(name)
+    a = ours(pipe, negative="a dog", image=photo(), mask=mask(), guidance=7.5, strength=1.0)
+    canvas = origin.canvas(photo(), mask(), native=SIDE, factor=8)
+    hidden, z = pipe.encode(origin.without_masked([canvas], [photo()])), pipe.encode(to_tensor([photo()]))
+    b = theirs(
+        folder(name), name, negative_prompt="a dog", image=z, mask_image=mask(), masked_image_latents=hidden,
+        height=SIDE, width=SIDE, guidance_scale=7.5, strength=1.0,
+    )  # fmt: skip
+    close(a, b)
+
+
+@pytest.mark.parametrize("name", ["instruct-pix2pix", "sdxl-instruct"])
+@torch.no_grad()
+def test_instruct(folder, loaded, name):
+    a = ours(loaded(name), negative="a dog", image=photo(), guidance=7.5, image_guidance=1.5)
+    options = {"negative_prompt": "a dog", "guidance_scale": 7.5, "image_guidance_scale": 1.5}
+    options |= {"height": SIDE, "width": SIDE} if name == "sdxl-instruct" else {}
+    close(a, theirs(folder(name), name, image=photo(), **options))
+
+
+@torch.no_grad()
+def test_refiner(folder, loaded):
+    pipe = loaded("sdxl-refiner")
+    a = ours(pipe, negative="a dog", image=photo(), strength=0.5, exact=False, guidance=5.0)
+    z = pipe.encode(to_tensor([photo()]))
+    b = theirs(folder("sdxl-refiner"), "sdxl-refiner", negative_prompt="a dog", image=z, strength=0.5, guidance_scale=5.0)
+    close(a, b)
