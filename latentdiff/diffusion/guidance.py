@@ -18,7 +18,7 @@ __all__ = ["Rule", "cfg", "cfg_rescale", "guided", "rule", "scheduled"]
 
 
 def guided(denoiser: Denoiser, cond, uncond=None, rule: Rule | None = None) -> Denoise:
-    """(x, sigma) -> x0 with conditions and guidance inside; the estimates of one model run as one batch.
+    """(x, sigma) -> x0 with conditions and guidance inside; the estimates of one model run as one batch, the prompt's first.
 
     cond: an object with `context`, `vector` and `join` (conditioning.Cond), one entry a picture; or several with weights, [(cond,
     weight), …], guided together: negative + sum of weights · (prompt - negative) (Liu et al., arXiv 2206.01714), each at its cost.
