@@ -1,7 +1,10 @@
 """What the tests of the trainers share: tiny captioned pictures, tiny networks trained on them, and what equal runs are."""
 
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -51,6 +54,12 @@ def clip_folder(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out / "model"
 
 
+@pytest.fixture(scope="session")
+def runs() -> ModuleType:
+    """The functions below."""
+    return sys.modules[__name__]
+
+
 def checkpoint_files(out: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, average and optimiser."""
     folder = out / f"step-{step:08d}"
@@ -73,8 +82,6 @@ def begun_anew_from(run: Path, step: int, where: Path) -> Path:
 
 def assert_resumes_exactly(train: Any, config: LoopConfig, tmp_path: Path, kill_at: int) -> None:
     """A run that is killed after step `kill_at`, and resumed, ends with the very bits of one that was not."""
-    from dataclasses import replace
-
     whole = replace(config, out=tmp_path / "whole", save_every=kill_at, keep=100)
     train(whole)
     resumed = replace(whole, out=begun_anew_from(whole.out, kill_at, tmp_path / "resumed"))
