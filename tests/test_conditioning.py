@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentdiff.conditioning import AESTHETIC_SCORES, Chunk, Cond, TextEncoder, chunk, chunks, plain
+from latentdiff.conditioning import AESTHETIC_SCORES, Chunk, Cond, TextEncoder, chunk, chunks, parts, plain
 from latentdiff.models.text import TowerSpec
 from latentdiff.models.unet import sinusoids
 
@@ -112,6 +112,26 @@ def test_a_section_starts_a_chunk():
     assert made[3].weights == (1.0, 0.5, 1.0, 1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("commas", "n", "expected"),
+    [
+        ([60], 80, [61, 19]),  # the last comma ends the chunk that would be full
+        ([55, 70], 80, [71, 9]),
+        ([54], 80, [75, 5]),  # too far back
+        ([55], 80, [56, 24]),
+        ([60], 75, [75]),  # nothing to break
+        ([60, 75], 80, [75, 5]),  # a comma is what does not fit: it starts the next chunk
+        ([60, 130], 200, [61, 70, 69]),
+        ([], 200, [75, 75, 50]),
+    ],
+)
+def test_a_chunk_breaks_after_a_late_comma(commas, n, expected):
+    tokens = [(7 if k in commas else 100 + k, 1.0) for k in range(n)]
+    made = parts(tokens, 75, comma=7)
+    assert [len(part) for part in made] == expected
+    assert [token for part in made for token in part] == tokens
+
+
 # ------------------------------------------------------------------------------------------------------------------- encoder
 
 
@@ -175,6 +195,15 @@ def test_towers_pad_each_in_its_own_way_and_an_exclamation_mark_is_a_word(encode
     end = text.towers[0].spec.end
     assert own[0].ids == (text.towers[0].spec.begin, mark, end, *[end] * 13)
     assert other[0].ids == (text.towers[1].spec.begin, mark, end, *[0] * 13)
+
+
+def test_all_texts_of_a_picture_get_one_length(encoder):
+    text = encoder()
+    texts, negatives = ["a cat", "a cat and a dog, " * 8], ["", "a dog"]
+    conds, unconds = text.encode_all(texts, negatives, size=(32, 32))
+    assert len({c.tokens for c in (*conds, *unconds)}) == 1
+    assert torch.equal(conds[1].context, text.encode(texts[1], None, size=(32, 32))[0].context)
+    assert torch.equal(unconds[1].context[:, :16], text.encode("", "a dog", size=(32, 32))[1].context)
 
 
 def test_weights_reach_the_rule_once_a_prompt_has_some(encoder):
