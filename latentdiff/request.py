@@ -15,15 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentdiff.checkpoints.families import ModelSpec
-from latentdiff.diffusion.guidance import Rule, cfg, cfg_rescale
+from latentdiff.diffusion.rules import Rule, cfg, rescale, rule
 from latentdiff.diffusion.samplers import SAMPLERS, Randn, Step, bind, resolve
 from latentdiff.diffusion.schedules import NoiseSchedule, grid, spacing_named
+from latentdiff.prompts import SYNTAXES
 
 MAX_PROMPT = 100_000  # characters, about 25,000 tokens
 MAX_SIDE = 16_384  # pixels
 MAX_PICTURES = 10_000
 SEEDS = 2**64
-STEPS, SAMPLER, GUIDANCE = 30, "ddim", 7.5  # where neither the caller nor the model says anything
+STEPS, SAMPLER, GUIDANCE, SYNTAX = 30, "ddim", 7.5, "a1111"  # where neither the caller nor the model says anything
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,8 +34,9 @@ class Request:
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
     seeds: tuple[int, ...]
-    guidance: float
+    guidance: float | Rule
     rescale: float
+    syntax: str
     steps: int
     sampler: str  # its name
     solver: Callable[..., Iterator[Step]]  # and itself
@@ -49,11 +51,17 @@ class Request:
         return len(self.prompts)
 
     @property
-    def rule(self) -> Rule | None:
-        """How the two estimates are combined; None where the prompt's alone is wanted."""
-        if self.guidance == 1:
-            return None
-        return cfg_rescale(self.guidance, self.rescale) if self.rescale else cfg(self.guidance)
+    def rule(self) -> Rule:
+        """What is done with the estimates of x0: a number is that of classifier-free guidance."""
+        chosen = self.guidance if isinstance(self.guidance, Rule) else cfg(self.guidance)
+        return chosen + rescale(self.rescale) if self.rescale else chosen
+
+    @property
+    def scale(self) -> float:
+        """The guidance, where only a number will do."""
+        if isinstance(self.guidance, Rule):
+            raise ValueError(f"guidance must be a number here, got {self.guidance.text!r}")
+        return self.guidance
 
     def sample(self, denoise, x: Tensor, randn) -> Iterator[Step]:
         """The sampler at work."""
@@ -69,8 +77,9 @@ class Request:
             "sampler": self.sampler,
             "spacing": self.spacing,
             "eta": self.eta,
-            "guidance": self.guidance,
+            "guidance": self.guidance.text if isinstance(self.guidance, Rule) else self.guidance,
             "rescale": self.rescale or None,
+            "syntax": self.syntax if self.syntax != SYNTAX else None,
             "seed": self.seeds[k],
             "size": self.size,
             **({} if self.origin is None else self.origin.recipe(k)),
@@ -85,7 +94,7 @@ def request(
     *,
     prompt: str | Sequence[str],
     negative: str | Sequence[str] | None,
-    guidance: float | None,
+    guidance: float | str | Rule | None,
     rescale: float,
     steps: int | None,
     sampler: str | Callable[..., Iterator[Step]] | None,
@@ -95,6 +104,7 @@ def request(
     n: int,
     size: int | tuple[int, int] | None,
     batch: int | None,
+    syntax: str = SYNTAX,
     pictured: bool = False,
 ) -> Request:
     """Check and complete the arguments of `pipe(...)`; `factor` is the pixels along the side of a latent.
@@ -119,8 +129,9 @@ def request(
         prompts=tuple(p for p in prompts for _ in range(n)),
         negatives=tuple(p for p in negatives for _ in range(n)),
         seeds=seeds(seed, n * len(prompts)),
-        guidance=number("guidance", first(guidance, own.guidance, GUIDANCE)),
+        guidance=checked_guidance(first(guidance, own.guidance, GUIDANCE)),
         rescale=number("rescale", rescale, 0, 1),
+        syntax=checked_syntax(syntax),
         steps=steps,
         sampler=name,
         solver=solver,
@@ -178,6 +189,24 @@ def numbers(name: str, value: Any) -> list[float]:
         return [number(name, v) for v in (value.tolist() if isinstance(value, Tensor) else value)]
     except TypeError:
         raise ValueError(f"{name} must be a name or a list of numbers, got {shown(value)}") from None
+
+
+def checked_guidance(guidance: Any) -> float | Rule:
+    """A number, or a rule: a sum of those of `diffusion.rules`, itself or as text."""
+    if isinstance(guidance, Rule):
+        return guidance
+    if not isinstance(guidance, str):
+        return number("guidance", guidance)
+    try:
+        return number("guidance", float(guidance))
+    except ValueError:
+        return rule(guidance)
+
+
+def checked_syntax(syntax: Any) -> str:
+    if not isinstance(syntax, str) or syntax not in SYNTAXES:
+        raise ValueError(f"syntax must be one of {', '.join(SYNTAXES)}, got {shown(syntax)}")
+    return syntax
 
 
 def checked_sampler(sampler: Any, schedule: NoiseSchedule) -> tuple[str, Callable[..., Iterator[Step]], str | None]:

@@ -332,7 +332,7 @@ BAD = [
     ({"steps": True}, r"steps must be .*, got True"),
     ({"guidance": float("nan")}, r"guidance must be a finite number, got nan"),
     ({"guidance": float("inf")}, r"guidance must be a finite number, got inf"),
-    ({"guidance": "high"}, r"guidance must be a finite number, got 'high'"),
+    ({"guidance": "high"}, r"guidance must be a number or a sum of .*, got 'high'"),
     ({"rescale": 1.5}, r"rescale must be a number from 0 to 1, got 1.5"),
     ({"eta": -0.1}, r"eta must be a number from 0 to 1, got -0.1"),
     ({"eta": 0.5, "sampler": "ddpm"}, r"eta must be None for the sampler ddpm"),
