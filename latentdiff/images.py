@@ -332,9 +332,15 @@ def _value(key: str, text: str) -> Any:
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe of a PNG, as keywords for `pipe(**recipe)`. Nothing is trusted: `pipe` checks every value.
 
+    That of a picture made from another wants it beside: `pipe(image=photo, **recipe)`, or `pipe.edit(photo, **recipe)` if it has a
+    "method".
+
     Errors: FileNotFoundError; ValueError where the file is no PNG or carries no recipe.
     """
-    return read_parameters(path)[0]
+    recipe = read_parameters(path)[0]
+    if "method" in recipe:
+        recipe["target"] = recipe.pop("prompt")
+    return recipe
 
 
 def read_parameters(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -76,7 +76,7 @@ def faded(mask: Image.Image, blur: int) -> Image.Image:
     """The mask with an edge that rises from 0 over `blur` pixels, all of them inside."""
     if not blur:
         return mask
-    soft = mask.filter(ImageFilter.GaussianBlur(blur)).point(lambda p: max(0, 2 * p - 255))
+    soft = mask.filter(ImageFilter.GaussianBlur(blur)).point([max(0, 2 * p - 255) for p in range(256)])
     return ImageChops.darker(soft, mask)
 
 
@@ -112,7 +112,7 @@ def binary(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     """White where the mask is at least half white."""
     if mask.size != size:
         raise ValueError(f"mask must have the picture's size, {size[0]}×{size[1]} pixels, got {mask.width}×{mask.height}")
-    found = mask.point(lambda p: 255 if p >= 128 else 0)
+    found = mask.point([0] * 128 + [255] * 128)
     if found.getbbox() is None:
         raise ValueError("mask must be white where the picture is to change, got one that is black everywhere")
     return found
@@ -192,7 +192,7 @@ class Origin:
             return guided(denoiser, cond, uncond, asked.rule)
         beside = self.beside[rows]
         if self.image_guidance is not None:
-            return instructed(denoiser, cond, uncond, beside, asked.guidance, self.image_guidance)
+            return instructed(denoiser, cond, uncond, beside, asked.scale, self.image_guidance)
         return guided(replace(denoiser, network=with_channels(denoiser.network, beside)), cond, uncond, asked.rule)
 
     def latents(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -219,9 +219,9 @@ class Origin:
 def with_channels(network: Network, beside: Float[Tensor, "b k h w"]) -> Network:
     """The network, seeing `beside` with each copy of its batch."""
 
-    def joined(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /) -> Tensor:
+    def joined(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /, **seams: Any) -> Tensor:
         more = beside.to(x.dtype).repeat(len(x) // len(beside), 1, 1, 1)
-        return network(torch.cat([x, more], dim=1), t, context, vector)
+        return network(torch.cat([x, more], dim=1), t, context, vector, **seams)
 
     return joined
 

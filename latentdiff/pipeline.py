@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,10 @@ from latentdiff.models.vae import VAE
 from latentdiff.models.vae_tiny import TinyVAE
 from latentdiff.origin import Given, Sides, begun, canvases, prompts
 from latentdiff.request import Request
+
+if TYPE_CHECKING:
+    from latentdiff.editing import Edits, Finder, Method
+    from latentdiff.prompt_to_prompt import Way
 
 T = TypeVar("T")
 BATCH = 8  # pictures in one network call where no other number is asked for; on a CPU 1
@@ -227,6 +231,113 @@ class Pipeline:
         asked = begun(self, asked, given, found)
         return self.run(asked)
 
+    def edit(
+        self,
+        photo: Picture | Sequence[Picture] | None,
+        *,
+        source: str,
+        target: str,
+        method: Method = "prompt-to-prompt",
+        inversion: Finder | None = None,
+        strength: float | None = None,
+        cross: float | None = None,
+        self_attention: float | None = None,
+        words: Way | None = None,
+        region: str | Sequence[str] | None = None,
+        threshold: float = 0.4,
+        weights: Mapping[str, float] | None = None,
+        mask: Picture | None = None,
+        blur: int = 0,
+        negative: str | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        spacing: str | Sequence[float] | None = None,
+        seed: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        progress: bool = True,
+    ) -> Edits:
+        """Pictures changed by words: `source` says what a photo shows, `target` what it should show; the rest stays.
+
+        photo: a path or a PIL picture, or several; None edits the picture that `source` and `seed` make. Picture k has seed + k.
+        method: "img2img" starts from the noised photo; "ddim", "null-text" and "edit-friendly" from its inversion;
+        "prompt-to-prompt" also has the target attend as the source does, along `inversion` (edit-friendly).
+        strength: share of the noise levels that it goes back. cross, self_attention: shares of the steps, 0.8 and 0.4, in which the
+        attention to words, and of places to places, is the source's. words: "replace" lets new words attend where those did whose
+        place they take, "refine" lets them find their own; None: "replace" where both prompts have as many words.
+        region: words, outside of whose places nothing may change; threshold: how sure of a place, 0 to 1. weights: factors of the
+        target's words. mask, blur, negative, guidance, spacing, seed, size as in `pipe(...)`. steps: 50 unless given.
+        Errors: ValueError before any computing; NonFiniteError.
+        """
+        from latentdiff import editing
+
+        plan = editing.plan(
+            source=source,
+            target=target,
+            method=method,
+            inversion=inversion,
+            strength=strength,
+            cross=cross,
+            self_attention=self_attention,
+            words=words,
+            region=region,
+            threshold=threshold,
+            weights=weights,
+            guidance=request.first(guidance, self.spec.sampling.guidance, request.GUIDANCE),
+        )
+        return editing.edit(
+            self,
+            photo,
+            plan,
+            mask=mask,
+            blur=blur,
+            negative=negative,
+            steps=steps,
+            spacing=spacing,
+            seed=seed,
+            size=size,
+            progress=progress,
+        )
+
+    def attention(
+        self,
+        prompt: str,
+        word: str | Sequence[str],
+        *,
+        negative: str | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        sampler: str | Callable[..., Iterator[Step]] | None = None,
+        seed: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        progress: bool = True,
+    ) -> Images:
+        """The picture of a prompt, and for each word a map of where the picture looks at it, red over the picture in grey.
+
+        The map is the attention to the word's tokens, summed over all layers, heads and steps. Arguments are those of `pipe(...)`.
+        Errors: ValueError for a word that is not in the prompt; as `pipe(...)`.
+        """
+        from latentdiff import editing
+
+        scale = request.number("guidance", request.first(guidance, self.spec.sampling.guidance, request.GUIDANCE))
+        asked = request.request(
+            self.spec,
+            self.schedule,
+            self.vae.factor,
+            prompt=prompt,
+            negative=negative,
+            guidance=scale,
+            rescale=0.0,
+            steps=steps,
+            sampler=sampler,
+            spacing=None,
+            eta=None,
+            seed=seed,
+            n=1,
+            size=size,
+            batch=None,
+        )
+        return editing.attention(self, asked, request.texts("word", word), scale, progress)
+
     @torch.no_grad()
     def run(self, asked: Request, start: Callable[[Randn], Tensor] | None = None) -> Iterator[Progress]:
         """Walk the request's grid from `start(randn)`, a state at its first level; by default from `begin`."""
@@ -289,10 +400,12 @@ class Pipeline:
         groups = grouped(conds, asked.batch or (1 if self.device.type == "cpu" else BATCH))
         denoises, done = [], 0
         for group in groups:
-            pair = (joined(half).to(dtype=dtype).project(unet) for half in zip(*group, strict=True))
+            cond, uncond = (joined(half).to(dtype=dtype).project(unet) for half in zip(*group, strict=True))
             rows = slice(done, done := done + len(group))
-            made = asked.origin.guided(denoiser, *pair, asked, rows) if asked.origin else guided(denoiser, *pair, asked.rule)
-            denoises.append(made)
+            if asked.origin:
+                denoises.append(asked.origin.guided(denoiser, cond, uncond, asked, rows))
+            else:
+                denoises.append(guided(denoiser, cond, uncond, asked.rule))
         sizes = [len(group) for group in groups]
 
         def denoise(x: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:

@@ -1,0 +1,440 @@
+"""Change a picture by words: `pipe.edit` and `pipe.attention`.
+
+An edit is a way to find the run that rebuilds the picture (an inversion), and a control of what the same run with new words may
+change. Source and target always run side by side, so each edit also says how well its picture is rebuilt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image, ImageChops
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff import images, inversion, request
+from latentdiff import prompt_to_prompt as p2p
+from latentdiff.conditioning import Cond
+from latentdiff.diffusion.denoiser import Denoise, Denoiser
+from latentdiff.diffusion.samplers import Randn
+from latentdiff.diffusion.singlestep import ddim
+from latentdiff.images import Images, Picture
+from latentdiff.inversion import Inversion
+from latentdiff.models.attention import Attend, sdpa
+from latentdiff.models.unet import UNet
+from latentdiff.origin import Canvas, Given, begun, canvas, fingerprint, listed, shortened
+from latentdiff.request import Request, number, shown
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
+
+Method = Literal["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-prompt"]
+Finder = Literal["ddim", "null-text", "edit-friendly"]
+STEPS = 50
+STRENGTHS = {"img2img": 0.6, "ddim": 1.0, "null-text": 1.0, "edit-friendly": 0.7}  # share of the levels that each goes back
+KEPT = 0.2  # share of the steps before a region is kept to: maps say little earlier
+
+
+# ------------------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """How well an inversion rebuilds its picture: PSNR in dB at the model's size, and that of the VAE alone, which is the limit."""
+
+    rebuilt: float
+    limit: float
+
+
+class Edits(Images):
+    """Edited pictures. before: what each was made from; reports: how well that is rebuilt, None where nothing was inverted."""
+
+    def __init__(self, after: Iterable[Image.Image], before: Iterable[Image.Image], reports: Iterable[Report | None]) -> None:
+        super().__init__(after)
+        self.before, self.reports = list(before), list(reports)
+
+    def sheet(self) -> Image.Image:
+        """Before, after and difference of each edit, a row each."""
+        return sheet(self.before, self)
+
+
+def sheet(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
+    """Rows of before, after and difference (black: nothing changed), with their names below."""
+    rows = [(old, new, ImageChops.difference(old, new)) for old, new in zip(before, after, strict=True)]
+    return images.tile([picture for row in rows for picture in row], 3, ["before", "after", "difference"] * len(rows))
+
+
+# ----------------------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an edit is asked to do, checked."""
+
+    source: str
+    target: str
+    method: Method
+    inversion: Finder
+    strength: float
+    cross: float
+    self_attention: float
+    words: p2p.Way | None
+    region: tuple[str, ...]
+    threshold: float
+    weights: Mapping[str, float]
+    guidance: float
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords of `pipe.edit` for the recipe."""
+        controlled = self.method == "prompt-to-prompt"
+        return {
+            "source": self.source,
+            "method": self.method,
+            "strength": self.strength,
+            "inversion": self.inversion if controlled else None,
+            "cross": self.cross if controlled else None,
+            "self_attention": self.self_attention if controlled else None,
+            "words": self.words,
+            "region": list(self.region) or None,
+            "threshold": self.threshold if self.region else None,
+            "weights": dict(self.weights) or None,
+            "sampler": None,
+            "eta": None,
+        }
+
+
+def plan(
+    *,
+    source: str,
+    target: str,
+    method: Method,
+    inversion: Finder | None,
+    strength: float | None,
+    cross: float | None,
+    self_attention: float | None,
+    words: p2p.Way | None,
+    region: str | Sequence[str] | None,
+    threshold: float,
+    weights: Mapping[str, float] | None,
+    guidance: float,
+) -> Plan:
+    """Check and complete what says which edit it is. Errors: ValueError that names the argument."""
+    chosen("method", method, get_args(Method))
+    if method != "prompt-to-prompt":
+        for name, value in {"inversion": inversion, "cross": cross, "self_attention": self_attention, "words": words}.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None: only the method prompt-to-prompt has it, got {shown(value)}")
+    if method == "img2img" and (region or weights):
+        raise ValueError(f"{'region' if region else 'weights'} must be None for the method img2img, which controls no words")
+    if words is not None:
+        chosen("words", words, get_args(p2p.Way))
+    if not isinstance(weights, Mapping | None):
+        raise ValueError(f"weights must be a dictionary of words and factors, got {shown(weights)}")
+    finder = chosen("inversion", inversion or ("edit-friendly" if method == "prompt-to-prompt" else method), STRENGTHS)
+    return Plan(
+        source=request.texts("source", [source])[0],
+        target=request.texts("target", [target])[0],
+        method=method,
+        inversion=finder,
+        strength=number("strength", STRENGTHS[finder] if strength is None else strength, 0, 1),
+        cross=number("cross", request.first(cross, 0.8), 0, 1) if method == "prompt-to-prompt" else 0.0,
+        self_attention=number("self_attention", request.first(self_attention, 0.4), 0, 1) if method == "prompt-to-prompt" else 0.0,
+        words=words,
+        region=tuple(request.texts("region", region)) if region else (),
+        threshold=number("threshold", threshold, 0, 1),
+        weights={word: number("weights", weight) for word, weight in (weights or {}).items()},
+        guidance=number("guidance", guidance),
+    )
+
+
+def chosen(name: str, value: Any, allowed: Iterable[str]) -> Any:
+    if value not in tuple(allowed):
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------------- the edit
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edited:
+    """What `Pipeline.pictures` asks an origin: how an edited picture is put back, and what its recipe says."""
+
+    canvas: Canvas | None
+    settings: dict[str, Any]
+
+    def latents(self, z: Tensor) -> Tensor:
+        return z
+
+    def finish(self, new: list[Image.Image]) -> list[Image.Image]:
+        return new if self.canvas is None else [self.canvas.finish(image) for image in new]
+
+    def recipe(self, k: int) -> dict[str, Any]:
+        return self.settings
+
+    def marks(self, k: int) -> dict[str, str]:
+        if self.canvas is None:
+            return {images.PHOTO: "none"}
+        mask = {} if self.canvas.mask is None else {"Mask": fingerprint(self.canvas.mask)}
+        return {images.PHOTO: fingerprint(self.canvas.photo)} | mask
+
+
+def edit(
+    pipe: Pipeline,
+    photo: Picture | Sequence[Picture] | None,
+    plan: Plan,
+    *,
+    mask: Picture | None,
+    blur: int,
+    negative: str | None,
+    steps: int | None,
+    spacing: str | Sequence[float] | None,
+    seed: int | None,
+    size: int | tuple[int, int] | None,
+    progress: bool,
+) -> Edits:
+    """`Pipeline.edit`, its plan checked: every picture and word is looked at before anything is computed."""
+    if pipe.spec.task != "text":
+        raise ValueError(f"edit needs a text-to-image model; this one ({pipe.spec.name}) edits by pipe(…, image=photo)")
+    if photo is None and (mask is not None or plan.method != "prompt-to-prompt"):
+        raise ValueError(
+            f"photo must be given for {'mask' if mask is not None else plan.method}; without, prompt-to-prompt alone works"
+        )
+    photos: list[Picture | None] = [None] if photo is None else list(listed("photo", photo))
+    works = [
+        None if p is None else canvas(p, mask, native=pipe.spec.size, factor=pipe.vae.factor, size=size, blur=blur) for p in photos
+    ]
+    first = request.seeds(seed, len(works))
+    asked = [
+        request.request(
+            pipe.spec,
+            pipe.schedule,
+            pipe.vae.factor,
+            prompt=[plan.source, plan.target],
+            negative=negative,
+            guidance=plan.guidance,
+            rescale=0.0,
+            steps=STEPS if steps is None else steps,
+            sampler="ddim",
+            spacing=spacing,
+            eta=None,
+            seed=first[k],
+            n=1,
+            size=size if work is None else work.size,
+            batch=None,
+        )
+        for k, work in enumerate(works)
+    ]
+    check_words(pipe, plan)
+    done = [one(pipe, plan, work, a, progress) for work, a in zip(works, asked, strict=True)]
+    return Edits(*zip(*done, strict=True))
+
+
+def check_words(pipe: Pipeline, plan: Plan) -> None:
+    """Errors: ValueError for a word of `region` in neither prompt, or of `weights` not in the target."""
+    room = 10**6
+    old, new = (p2p.words(pipe.text, prompt, room) for prompt in (plan.source, plan.target))
+    for word in plan.region:
+        if not old.find(word):
+            new.span(word, "region")
+    for word in plan.weights:
+        new.span(word, "weights")
+
+
+def one(
+    pipe: Pipeline, plan: Plan, work: Canvas | None, asked: Request, progress: bool
+) -> tuple[Image.Image, Image.Image, Report | None]:
+    """(after, before, report) of one picture."""
+    before = None if work is None else work.photo
+    if before is not None and plan.strength == 0:
+        return before.copy(), before, None
+    if plan.method == "img2img":
+        assert work is not None
+        return img2img(pipe, plan, work, asked), work.photo, None
+    result = sound_run(pipe, plan, work, asked, progress)
+    settings = plan.settings() | ({} if work is None or not work.blur else {"blur": work.blur})
+    told = replace(asked, prompts=(plan.target,), negatives=asked.negatives[1:], seeds=asked.seeds[:1])
+    after = pipe.pictures(result.new, replace(told, origin=Edited(canvas=work, settings=settings)))[0]
+    rebuilt = images.to_pil(pipe.decode(result.old))[0]
+    if work is None or result.z is None:
+        return after, rebuilt, None
+    picture = images.to_tensor([work.picture()])
+    pictures = [images.to_tensor(images.to_pil(pipe.decode(z))) for z in (result.old, result.z)]
+    return after, work.photo, Report(rebuilt=inversion.psnr(pictures[0], picture), limit=inversion.psnr(pictures[1], picture))
+
+
+def img2img(pipe: Pipeline, plan: Plan, work: Canvas, asked: Request) -> Image.Image:
+    """SDEdit with the target alone."""
+    told = replace(asked, prompts=(plan.target,), negatives=asked.negatives[1:], seeds=asked.seeds[:1])
+    told = begun(pipe, told, Given(strength=plan.strength, blur=work.blur), [work])
+    extra = {k: v for k, v in plan.settings().items() if k in ("source", "method")}
+    told = replace(told, origin=replace(told.origin, settings=told.origin.settings | extra | {"sampler": None, "eta": None}))
+    *_, last = pipe.run(told)
+    return last.images()[0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """Latents [1, c, h, w]: of the source as it is rebuilt, of the target, and of the picture."""
+
+    old: Tensor
+    new: Tensor
+    z: Tensor | None
+
+
+def sound_run(pipe: Pipeline, plan: Plan, work: Canvas | None, asked: Request, progress: bool) -> Result:
+    """The inversion and the edit; once more in float32 where the U-Net overflows its dtype."""
+    from latentdiff.pipeline import finite, sound
+
+    with torch.no_grad():
+        conds = pipe.conditions(asked)
+        z = None if work is None else pipe.encode(images.to_tensor([work.picture()]))
+        return sound(
+            "U-Net", pipe.unet, lambda unet: run(pipe, unet, plan, work, asked, conds, z, progress), lambda r: finite(r.new)
+        )
+
+
+def run(
+    pipe: Pipeline,
+    unet: UNet,
+    plan: Plan,
+    work: Canvas | None,
+    asked: Request,
+    conds: list[tuple[Cond, Cond]],
+    z: Float[Tensor, "1 c h w"] | None,
+    progress: bool,
+) -> Result:
+    """Source and target side by side along the inversion of the picture, or from noise where there is none."""
+    make = Maker(pipe, unet)
+    found = invert(pipe, make, plan, asked, conds[0], z)
+    old_guidance = plan.guidance if z is None or plan.inversion == "null-text" else 1.0
+    old, new = make(*conds[0], old_guidance, found), make(*conds[1], plan.guidance, found)
+    old_words, new_words = (p2p.words(pipe.text, p, c.tokens) for p, (c, _) in zip(asked.prompts, conds, strict=True))
+    control = p2p.control(
+        old_words,
+        new_words,
+        found.sigmas,
+        way=plan.words,
+        cross=plan.cross,
+        self_attention=plan.self_attention,
+        weights=plan.weights,
+    )
+    pair = p2p.Pair(old, new, control, region(plan, work, pipe.vae.factor, (old_words, new_words), found.sigmas))
+    x = found.states[0].expand(2, -1, -1, -1)
+    walk = ddim(pair, x, found.sigmas, randn=found.randn(), eta=found.eta)
+    for step in tqdm(walk, total=len(found.sigmas) - 1, disable=not progress, unit="step", dynamic_ncols=True):
+        x = step.x
+    x = x if found.rest is None else x + found.rest
+    old_z, new_z = (x / (1 + found.sigmas[-1] ** 2).sqrt()).chunk(2)
+    return Result(old=old_z, new=new_z, z=z)
+
+
+def region(
+    plan: Plan, work: Canvas | None, factor: int, words: tuple[p2p.Words, p2p.Words], sigmas: Float[Tensor, " steps+1"]
+) -> p2p.Region | None:
+    """What the edit is kept inside of: the mask, or where some words attend; None: it may be anywhere."""
+    if work is not None and work.mask is not None:
+        return p2p.Region(words=((), ()), below=math.inf, fixed=work.repaint(factor))
+    if not plan.region:
+        return None
+    old, new = (tuple(p for word in plan.region for p in w.find(word)) for w in words)
+    below = sigmas[max(1, round(KEPT * (len(sigmas) - 1))) - 1].item()
+    return p2p.Region(words=(old, new), below=below, threshold=plan.threshold)
+
+
+@dataclass(frozen=True, eq=False)
+class Maker:
+    """Makes guided denoisers of a pipeline whose attention can be wrapped."""
+
+    pipe: Pipeline
+    unet: UNet
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    def denoiser(self, attend: Attend) -> Denoiser:
+        def network(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /) -> Tensor:
+            return self.unet(x, t, context, vector, attend=attend)
+
+        return Denoiser(network, self.pipe.schedule, self.pipe.spec.prediction, self.dtype)
+
+    def __call__(self, cond: Cond, uncond: Cond, guidance: float, found: Inversion | None = None) -> p2p.Guided:
+        """Classifier-free guidance, with the unconditional contexts of null-text inversion where there are some."""
+        told, untold = (c.to(dtype=self.dtype).project(self.unet) for c in (cond, uncond))
+        both = told if guidance == 1 else told.join(untold)
+        nulls, levels = (found.nulls, found.sigmas.tolist()) if found else ((), [])
+
+        def denoise(x: Tensor, sigma: Tensor, attend: Attend) -> Tensor:
+            if guidance == 1:
+                return self.denoiser(attend)(x, sigma, both)
+            conds = both
+            if nulls:
+                null = nulls[inversion.level_of(levels, sigma.item())].to(self.dtype)
+                conds = told.join(Cond(null, untold.vector).project(self.unet))
+            prompt, negative = self.denoiser(attend)(x.repeat(2, 1, 1, 1), sigma, conds).chunk(2)
+            return prompt + (guidance - 1) * (prompt - negative)
+
+        return denoise
+
+    def plain(self, cond: Cond) -> Denoise:
+        """Without guidance, attention as it is."""
+        denoise = self(cond, cond, 1.0)
+        return lambda x, sigma: denoise(x, sigma, sdpa)
+
+    def untold(self, uncond: Cond) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """(x, sigma, context) -> x0, differentiable in the context."""
+        denoiser = self.denoiser(sdpa)
+        return lambda x, sigma, context: denoiser(x, sigma, Cond(context.to(self.dtype), uncond.vector))
+
+
+def invert(
+    pipe: Pipeline, make: Maker, plan: Plan, asked: Request, conds: tuple[Cond, Cond], z: Float[Tensor, "1 c h w"] | None
+) -> Inversion:
+    """The run that rebuilds z; from noise where there is no picture."""
+    randn: Randn = request.randn(asked.seeds[:1])
+    if z is None:
+        start = pipe.noise(replace(asked, prompts=asked.prompts[:1]), randn)
+        return Inversion(sigmas=asked.sigmas, states=(start,))
+    cond, uncond = conds
+    sigmas = shortened(pipe.schedule, asked.sigmas, plan.strength, exact=True)
+    if plan.inversion == "edit-friendly":
+        return inversion.edit_friendly(make.plain(cond), z, sigmas, randn)
+    found = inversion.ddim(make.plain(cond), z, sigmas)
+    if plan.inversion == "ddim" or plan.guidance == 1:
+        return found
+    assert isinstance(uncond.context, Tensor)
+    return inversion.null_text(found, make.plain(cond), make.untold(uncond), uncond.context, plan.guidance)
+
+
+# ------------------------------------------------------------------------------------------------------------ looking at words
+
+
+@torch.no_grad()
+def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: float, progress: bool) -> Images:
+    """`Pipeline.attention` for a request of one picture: it, and a heat map over it for each word."""
+    ((cond, uncond),) = pipe.conditions(asked)
+    found = p2p.words(pipe.text, asked.prompts[0], cond.tokens)
+    spans = [found.span(word, "word") for word in words]
+    x = pipe.noise(asked, randn := request.randn(asked.seeds))
+    maps = [p2p.Maps(span, *x.shape[-2:], rows=1) for span in spans]
+    denoise = p2p.watched(Maker(pipe, pipe.unet)(cond, uncond, guidance), maps)
+    sigma = asked.sigmas[-1]
+    for step in tqdm(asked.sample(denoise, x, randn), total=asked.steps, disable=not progress, unit="step", dynamic_ncols=True):
+        x, sigma = step.x, step.sigma
+    picture = pipe.pictures(x / (1 + sigma**2).sqrt(), asked)[0]
+    return Images([picture, *(over(picture, m.heat()[0]) for m in maps)])
+
+
+def over(picture: Image.Image, heat: Float[Tensor, "h w"]) -> Image.Image:
+    """A picture in grey, red where it is hot."""
+    full = F.interpolate(heat.cpu()[None, None], (picture.height, picture.width), mode="bicubic").clamp(0, 1)[0]
+    grey = images.to_tensor([picture.convert("L").convert("RGB")])[0] * 0.5
+    red = torch.tensor([1.0, -0.4, -1.0])[:, None, None]
+    return images.to_pil(torch.lerp(grey, red.expand_as(grey), full * 0.8)[None])[0]

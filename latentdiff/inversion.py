@@ -1,0 +1,154 @@
+"""Inversion: a picture as the run that rebuilds it, so that the same run with other words changes what they say and keeps the rest.
+
+`ddim` finds the noise from which the deterministic sampler comes back to the picture; `null_text` lets that work under guidance;
+`edit_friendly` finds the noise that the stochastic sampler adds on its way. All know a Denoise and a grid, none the pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentdiff.diffusion.denoiser import Denoise
+from latentdiff.diffusion.singlestep import Randn, ancestral_split, carry, steps
+
+Latents = Float[Tensor, "b c h w"]
+Grid = Float[Tensor, " steps+1"]
+Context = Float[Tensor, "1 n d"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inversion:
+    """A run that rebuilds a picture: its grid, the states that it passes (the last is the picture's), and what makes it do so.
+
+    eta: of the sampler `ddim`. noises: what it draws, a step each. rest: what the last step, which draws nothing, leaves out.
+    nulls: the unconditional context of each step, of null-text inversion.
+    """
+
+    sigmas: Grid
+    states: tuple[Latents, ...]
+    eta: float = 0.0
+    noises: tuple[Latents, ...] = ()
+    rest: Latents | None = None
+    nulls: tuple[Context, ...] = ()
+
+    def randn(self) -> Randn:
+        """The noises in their order, the same for each row of a batch."""
+        left = iter(self.noises)
+        return lambda x: next(left).expand_as(x)
+
+
+def final_state(z: Latents, sigmas: Grid) -> Latents:
+    """The state at the end of the grid that is decoded as z."""
+    return z * (1 + sigmas[-1] ** 2).sqrt()
+
+
+def ddim(denoise: Denoise, z: Latents, sigmas: Grid, iterations: int = 6) -> Inversion:
+    """The deterministic sampler backwards (Song et al., arXiv 2010.02502, section 4.3), each step solved and not only guessed.
+
+    A step forwards is x' = x0 + r (x - x0) with x0 = denoise(x, s) and r = s' / s. Backwards, x stands on both sides. Newton's
+    method with the slope of the optimal denoiser of Gaussian latents, 1 / (1 + s²), in the place of the network's own converges at
+    every level; after one iteration it is the usual DDIM inversion. The best iterate is kept.
+    """
+    states = [final_state(z, sigmas)]
+    for i, s, s_next in reversed(list(steps(sigmas))):
+        ratio, target = s_next / s, states[-1]
+        slope = (1 - ratio) / (1 + s**2) + ratio
+        x = best = target * math.sqrt((1 + s**2) / (1 + s_next**2))  # the same picture, noise and all, at the level above
+        least = math.inf
+        for _ in range(iterations):
+            off = carry(x, denoise(x, sigmas[i]), ratio) - target
+            error = off.square().mean().item()
+            if error < least:
+                least, best = error, x
+            x = x - off / slope
+        states.append(best)
+    return Inversion(sigmas=sigmas, states=tuple(reversed(states)))
+
+
+def edit_friendly(denoise: Denoise, z: Latents, sigmas: Grid, randn: Randn, eta: float = 1.0) -> Inversion:
+    """The noise that DDPM would have to draw to pass through independently noised versions of the picture.
+
+    Huberman-Spiegelglas et al. (arXiv 2304.06140), algorithm 1; x at a level is z + sigma · noise, as everywhere here.
+    """
+    end = final_state(z, sigmas)
+    states = [*(z + s * randn(z) for s in sigmas[:-1]), end]
+    noises: list[Latents] = []
+    x, rest = states[0], None
+    for i, s, s_next in steps(sigmas):
+        down, up = ancestral_split(s, s_next, eta)
+        mean = carry(x, denoise(x, sigmas[i]), down / s)
+        if up > 0:
+            noises.append((states[i + 1] - mean) / up)
+            x = mean + up * noises[-1]  # what the sampler will pass through, rounding and all
+        else:
+            rest = end - mean
+    return Inversion(sigmas=sigmas, states=tuple(states), eta=eta, noises=tuple(noises), rest=rest)
+
+
+def null_text(
+    found: Inversion,
+    told: Denoise,
+    untold: Callable[[Latents, Tensor, Context], Latents],
+    null: Context,
+    guidance: float,
+    *,
+    inner: int = 20,
+    rate: float = 1e-2,
+    enough: float = 1e-5,
+) -> Inversion:
+    """Unconditional contexts with which the guided run follows the unguided one (Mokady et al., arXiv 2211.09794, algorithm 1).
+
+    found: a DDIM inversion at guidance 1. told: the denoiser with the prompt. untold: with the context it is given. inner: steps of
+    Adam a level, each level starting from the last one's context; enough: mean square error of unit-variance latents to stop at.
+    """
+    x, nulls, states = found.states[0], [], [found.states[0]]
+    for i, s, s_next in steps(found.sigmas):
+        target, scale = found.states[i + 1], 1 / math.sqrt(1 + s_next**2)
+        x0_told, held = told(x, found.sigmas[i]).detach(), x
+
+        def follow(context: Context, x: Latents = held, x0: Latents = x0_told, i: int = i, ratio: float = s_next / s) -> Latents:
+            unguided = untold(x, found.sigmas[i], context)
+            return carry(x, unguided + guidance * (x0 - unguided), ratio)
+
+        null = fit(follow, target, scale, null, inner, rate * (1 - i / (2 * len(found.sigmas))), enough)
+        nulls.append(null)
+        with torch.no_grad():
+            x = follow(null)
+        states.append(x)
+    return Inversion(sigmas=found.sigmas, states=tuple(states), nulls=tuple(nulls))
+
+
+def fit(
+    follow: Callable[[Context], Latents], target: Latents, scale: float, null: Context, inner: int, rate: float, enough: float
+) -> Context:
+    """The context, near `null`, with which a step arrives nearest to its target; the best that Adam passed."""
+    context = null.detach().float().clone().requires_grad_()
+    adam = torch.optim.Adam([context], lr=rate)
+    best, least = null.detach(), math.inf
+    with torch.enable_grad():
+        for _ in range(inner):
+            off = (scale * (follow(context) - target)).square()
+            if off.mean().item() < least:
+                best, least = context.detach().clone(), off.mean().item()
+            if least < enough:
+                break
+            (context.grad,) = torch.autograd.grad(off.sum(), [context])  # of the sum: a mean's would vanish in float16
+            adam.step()
+    return best
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]; infinite where they are equal."""
+    error = (a.float() - b.float()).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(4 / error)
+
+
+def level_of(sigmas: Sequence[float], sigma: float) -> int:
+    """The step of a grid that begins nearest to a level."""
+    return min(range(len(sigmas) - 1), key=lambda i: abs(sigmas[i] - sigma))

@@ -1,0 +1,313 @@
+"""Prompt-to-prompt (Hertz et al., arXiv 2208.01626): edit words by control of attention, and look at attention itself.
+
+Two pictures run side by side from the same noise, the source with the old prompt and the target with the new. In the first steps
+the target attends as the source does. Every control of the paper (replace, refine, reweight, self-attention) is linear in the
+attention maps, so it is done to the values that the maps are applied to: (softmax(q k^T) M) v is plain attention with values M v.
+No map is ever formed, nothing is a second U-Net, and identical prompts give identical pictures to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from functools import cached_property, partial
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from latentdiff.conditioning import TextEncoder
+from latentdiff.diffusion.denoiser import Denoise
+from latentdiff.models.attention import Attend, Site, sdpa
+from latentdiff.request import shown
+
+Way = Literal["replace", "refine"]
+Span = tuple[int, ...]  # positions of a word's tokens in the context
+
+
+# ------------------------------------------------------------------------------------------------------------------- words
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a prompt, with the positions of their tokens among the `length` of the context."""
+
+    prompt: str
+    words: tuple[str, ...]
+    spans: tuple[Span, ...]
+    length: int
+
+    def find(self, phrase: str) -> Span:
+        """The tokens of a word, or of several in a row, wherever they stand; empty if nowhere."""
+        wanted = [bare(w) for w in phrase.split()]
+        own, n = [bare(w) for w in self.words], len(wanted)
+        starts = [i for i in range(len(own) - n + 1) if n and own[i : i + n] == wanted]
+        return tuple(p for i in starts for span in self.spans[i : i + n] for p in span)
+
+    def span(self, phrase: str, argument: str) -> Span:
+        """As `find`; ValueError that names the argument where the prompt has no such word."""
+        found = self.find(phrase) if isinstance(phrase, str) else ()
+        if not found:
+            raise ValueError(f"{argument} must be a word of the prompt {shown(self.prompt)}, got {shown(phrase)}")
+        return found
+
+    def others(self) -> list[int]:
+        """Positions of begin, end and padding."""
+        taken = {p for span in self.spans for p in span}
+        return [p for p in range(self.length) if p not in taken]
+
+
+def bare(word: str) -> str:
+    """A word without case, and without the signs around it."""
+    return word.lower().strip(".,;:!?\"'()[]{}<>*") or word.lower()
+
+
+def words(text: TextEncoder, prompt: str, length: int) -> Words:
+    """Where the words of a prompt lie in a context of `length` tokens, as `conditioning.chunks` lays them out."""
+    tokenize, spec = text.tokenizers[0], text.towers[0].spec
+    room, offset = spec.length - 2, 0
+    found: list[tuple[str, Span]] = []
+    for section in text.parse(prompt):
+        count = 0
+        for word in (w for part, _ in section for w in part.split()):
+            n = len(tokenize(word))
+            at = range(count, count + n)
+            found.append((word, tuple((offset + k // room) * spec.length + 1 + k % room for k in at)))
+            count += n
+        offset += max(1, -(-count // room))
+    found = [(word, span) for word, span in found if span]
+    return Words(prompt, tuple(word for word, _ in found), tuple(span for _, span in found), length)
+
+
+# ----------------------------------------------------------------------------------------------------------------- control
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Control:
+    """What the target takes from the source.
+
+    source: which of the source's maps make up the map of each of the target's tokens. own: 1 for tokens that keep their own.
+    scale: factor of each token's map. cross_above, self_above: levels down to which the control of cross- and self-attention lasts.
+    """
+
+    source: Float[Tensor, "m n"]
+    own: Float[Tensor, " n"]
+    scale: Float[Tensor, " n"]
+    cross_above: float
+    self_above: float
+
+    @cached_property
+    def aligned(self) -> bool:
+        """Each of the target's tokens answers to the source's in the same place."""
+        m, n = self.source.shape
+        return m == n and bool((self.source == torch.eye(n)).all())
+
+    @cached_property
+    def alone(self) -> bool:
+        """Some of the target's tokens keep their own maps."""
+        return bool((self.own > 0).any())
+
+    @cached_property
+    def weighted(self) -> bool:
+        return bool((self.scale != 1).any())
+
+
+def control(
+    source: Words,
+    target: Words,
+    sigmas: Float[Tensor, " steps+1"],
+    *,
+    way: Way | None,
+    cross: float,
+    self_attention: float,
+    weights: Mapping[str, float],
+) -> Control:
+    """The control of an edit; `cross` and `self_attention` are shares of the steps. way: as `alignment`, None chooses.
+
+    Errors: ValueError for a weighted word that the target does not have.
+    """
+    mixed = alignment(source, target, way or ("replace" if len(source.words) == len(target.words) else "refine"))
+    scale = torch.ones(target.length)
+    for word, weight in weights.items():
+        scale[list(target.span(word, "weights"))] = weight
+    levels = [*sigmas[:-1].tolist(), -1.0]
+
+    def above(share: float) -> float:
+        """The level of the first step that is free; the last controlled one lies above it."""
+        return levels[round(share * (len(levels) - 1))]
+
+    return Control(
+        source=mixed, own=(mixed.sum(0) == 0).float(), scale=scale, cross_above=above(cross), self_above=above(self_attention)
+    )
+
+
+def alignment(source: Words, target: Words, way: Way) -> Float[Tensor, "m n"]:
+    """Which of the source's tokens each of the target's answers to; a column of zeros is a token that answers to none.
+
+    "replace": words that stand in others' place take those words' maps (section 4.1, "word swap"). "refine": new words keep their
+    own, words that are in both prompts take the source's ("adding a new phrase").
+    """
+    mixed = torch.zeros(source.length, target.length)
+    a, b = [bare(w) for w in source.words], [bare(w) for w in target.words]
+    for kind, i, i_end, j, j_end in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if kind == "equal" or (kind == "replace" and way == "replace"):
+            pair(mixed, source.spans[i:i_end], target.spans[j:j_end])
+    olds, news = source.others(), target.others()
+    for k, new in enumerate(news):  # begin, end, padding
+        mixed[olds[min(k, len(olds) - 1)], new] = 1
+    return mixed
+
+
+def pair(mixed: Float[Tensor, "m n"], olds: Sequence[Span], news: Sequence[Span]) -> None:
+    """Word by word, and token by token, where there are as many; else each new token takes its share of all the old ones."""
+    if len(olds) == len(news) > 1:
+        for old, new in zip(olds, news, strict=True):
+            pair(mixed, [old], [new])
+        return
+    flat_old, flat_new = [p for s in olds for p in s], [p for s in news for p in s]
+    if len(flat_old) == len(flat_new):
+        mixed[flat_old, flat_new] = 1
+    else:
+        mixed[torch.tensor(flat_old)[:, None], torch.tensor(flat_new)] = 1 / len(flat_new)
+
+
+# --------------------------------------------------------------------------------------------------------------- attention
+
+
+class Guided(Protocol):
+    """(x, sigma, attend) -> x0: a guided denoiser whose attention can be wrapped. The prompt's half of its batch comes first."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, attend: Attend, /) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class Pair:
+    """The denoiser of one run of a source and a target side by side: x holds the source's rows, then the target's.
+
+    It lives as long as the run: it sums up the maps that the region is made of.
+    """
+
+    source: Guided
+    target: Guided
+    control: Control
+    region: Region | None = None
+    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # site -> the source's queries and keys in this step
+
+    def __call__(self, x: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:
+        old, new = x.chunk(2)
+        level, region, control = sigma.item(), self.region, self.control
+        self.seen.clear()
+        looks = [region.look(k, x) if region else sdpa for k in range(2)]
+        if level > min(control.cross_above, control.self_above) or control.weighted:  # else attention is left alone
+            looks = [partial(step, look, level, len(old)) for step, look in zip((self._watch, self._control), looks, strict=True)]
+        x0_old, x0_new = self.source(old, sigma, looks[0]), self.target(new, sigma, looks[1])
+        if region:
+            x0_new = region.keep(x0_old, x0_new, level)
+        return torch.cat([x0_old, x0_new])
+
+    def _above(self, site: Site) -> float:
+        return self.control.cross_above if site.cross else self.control.self_above
+
+    def _watch(self, attend: Attend, level: float, n: int, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        if level > self._above(site):
+            self.seen[site.name] = (q[:n], k[:n])
+        return attend(q, k, v, site)
+
+    def _control(self, attend: Attend, level: float, n: int, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """The prompt's rows as the control has them; the rows of the negative prompt are left alone."""
+        told = v[:n] * self.control.scale.to(v)[:, None] if site.cross and self.control.weighted else v[:n]
+        out = attend(q, k, torch.cat([told, v[n:]]), site)
+        return torch.cat([self._mixed(q[:n], k[:n], told, site), out[n:]]) if level > self._above(site) else out
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """softmax(q_s k_s^T) M v + softmax(q k^T) own v, where M spreads the source's tokens over the target's."""
+        old_q, old_k = self.seen[site.name]
+        if not site.cross:
+            return sdpa(old_q, old_k, v, site)
+        control = self.control
+        out = sdpa(old_q, old_k, v if control.aligned else control.source.to(v) @ v, site)
+        return out + sdpa(q, k, control.own.to(v)[:, None] * v, site) if control.alone else out
+
+
+# -------------------------------------------------------------------------------------------------------------- maps of words
+
+
+@dataclass(eq=False)
+class Maps:
+    """Sums up, over sites and steps, how much each place attends to some tokens (DAAM: Tang et al., arXiv 2210.04885)."""
+
+    span: Span
+    height: int
+    width: int
+    rows: int  # of the prompt, the first of the batch
+    total: Float[Tensor, "b h w"] | None = None
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Plain attention, watched."""
+        if site.cross and self.span:
+            grid = resolution(q.shape[2], self.height, self.width)
+            logits = q[: self.rows].float() @ k[: self.rows].float().mT / q.shape[-1] ** 0.5
+            seen = logits.softmax(-1)[..., list(self.span)].sum(-1).mean(1).unflatten(-1, grid)  # [b, h, w]
+            full = F.interpolate(seen[:, None], (self.height, self.width), mode="bilinear", align_corners=False)[:, 0]
+            self.total = full if self.total is None else self.total + full
+        return sdpa(q, k, v, site)
+
+    def heat(self) -> Float[Tensor, "b h w"]:
+        """From 0 to 1."""
+        total = self.total if self.total is not None else torch.zeros(self.rows, self.height, self.width)
+        low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
+        return (total - low) / (high - low).clamp(min=1e-12)
+
+
+def resolution(n: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a map with n places in a U-Net over height x width latents, each level half as fine, rounded up."""
+    while height * width > n:
+        height, width = -(-height // 2), -(-width // 2)
+    assert height * width == n
+    return height, width
+
+
+@dataclass(eq=False)
+class Region:
+    """Local blend: the target differs from the source only where the words of either attend (section 4.1, "Local Blend").
+
+    words: tokens of the source and of the target. threshold: of the summed maps, from 0 to 1. below: the level from which on it is
+    kept. fixed: a mask [1, 1, h, w] to keep to instead.
+    """
+
+    words: tuple[Span, Span]
+    below: float
+    threshold: float = 0.4
+    fixed: Float[Tensor, "1 1 h w"] | None = None
+    maps: list[Maps] = field(default_factory=list)
+
+    def look(self, which: int, x: Float[Tensor, "b c h w"]) -> Attend:
+        if self.fixed is not None:
+            return sdpa
+        if not self.maps:
+            self.maps += [Maps(span, *x.shape[-2:], rows=len(x) // 2) for span in self.words]
+        return self.maps[which].look
+
+    def mask(self) -> Float[Tensor, "b 1 h w"]:
+        """1 where either's words attend, and the neighbours of such places."""
+        if self.fixed is not None:
+            return self.fixed
+        hot = torch.stack([m.heat() for m in self.maps if m.span]).amax(0) > self.threshold
+        return F.max_pool2d(hot.float()[:, None], 3, stride=1, padding=1)
+
+    def keep(self, old: Float[Tensor, "b c h w"], new: Float[Tensor, "b c h w"], level: float) -> Float[Tensor, "b c h w"]:
+        return torch.where(self.mask().to(new.device) > 0, new, old) if level < self.below else new
+
+
+def watched(denoise: Guided, maps: Sequence[Maps]) -> Denoise:
+    """The denoiser, with what the maps' words attend to summed up on the way."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        for m in maps:
+            m.look(q, k, v, site)
+        return sdpa(q, k, v, site)
+
+    return lambda x, sigma: denoise(x, sigma, attend)

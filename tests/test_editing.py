@@ -1,0 +1,233 @@
+"""Editing by words: what must be identical is, what may change does, and bad input is refused before computing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from latentdiff import editing
+from latentdiff import images as I
+from latentdiff.editing import Edits
+
+FEW = {"steps": 4, "seed": 3, "progress": False}
+METHODS = ["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-prompt"]
+
+
+def photo(width=32, height=32, seed=0) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and a.tobytes() == b.tobytes()
+
+
+def close(a: Image.Image, b: Image.Image) -> bool:
+    """Equal but for single levels of 255, here and there."""
+    off = np.abs(array(a) - array(b))
+    return bool(off.max() <= 1 and (off > 0).mean() < 0.01)
+
+
+def differ(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(array(a) - array(b)).mean())
+
+
+# --------------------------------------------------------------------------------------------------------- identities
+
+
+def test_identical_prompts_give_the_identical_picture(tiny_pipe):
+    """The source's, to the last bit, whatever is controlled; an ordinary run's up to rounding (its attention is not wrapped)."""
+    plain = tiny_pipe("a red cat", sampler="ddim", **FEW)[0]
+    for options in ({}, {"cross": 1, "self_attention": 1}, {"words": "refine", "region": "cat"}, {"weights": {"cat": 1}}):
+        edits = tiny_pipe.edit(None, source="a red cat", target="a red cat", **options, **FEW)
+        assert same(edits[0], edits.before[0])
+        assert close(edits[0], plain)
+
+
+def test_zero_control_is_an_ordinary_run(tiny_pipe):
+    edits = tiny_pipe.edit(None, source="a cat", target="a flat red dog", cross=0, self_attention=0, **FEW)
+    assert same(edits[0], tiny_pipe("a flat red dog", sampler="ddim", **FEW)[0])
+    assert same(edits.before[0], tiny_pipe("a cat", sampler="ddim", **FEW)[0])
+
+
+def test_reweighting_by_1_is_the_identity_and_by_more_is_not(tiny_pipe):
+    asked = {"source": "a red cat", "target": "a red dog"} | FEW
+    plain = tiny_pipe.edit(None, **asked)[0]
+    assert same(tiny_pipe.edit(None, **asked, weights={"red": 1.0})[0], plain)
+    assert differ(tiny_pipe.edit(None, **asked, weights={"red": 4.0})[0], plain) > 0.1
+
+
+def test_control_brings_the_target_nearer_to_the_source(tiny_pipe):
+    asked = {"source": "a red cat", "target": "a blue dog"} | FEW | {"guidance": 1}
+    shares = [(0, 0), (0.5, 0.5), (1, 1)]
+    edits = [tiny_pipe.edit(None, **asked, cross=c, self_attention=s) for c, s in shares]
+    far = [differ(e[0], e.before[0]) for e in edits]
+    assert far[0] > far[1] > far[2] > 0
+
+
+def test_guidance_1_runs_one_half_and_is_controlled_too(tiny_pipe):
+    asked = {"source": "a red cat", "guidance": 1} | FEW
+    same_prompts = tiny_pipe.edit(None, **asked, target="a red cat")
+    assert close(same_prompts[0], tiny_pipe("a red cat", sampler="ddim", guidance=1, **FEW)[0])
+    assert not same(tiny_pipe.edit(None, **asked, target="a red dog")[0], same_prompts[0])
+
+
+def test_prompts_of_different_lengths_are_edited(tiny_pipe):
+    """One chunk against two: the maps are not square."""
+    long = "a red cat and a dog on a mat, flat style, with a blue hat and a green tree next to a house"
+    edits = tiny_pipe.edit(None, source="a red cat", target=long, words="refine", **FEW)
+    assert not same(edits[0], edits.before[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ inversion
+
+
+@pytest.mark.parametrize("method", ["ddim", "edit-friendly", "prompt-to-prompt"])
+def test_a_picture_is_rebuilt_to_the_vaes_own_error(tiny_pipe, method):
+    edits = tiny_pipe.edit(photo(), source="a cat", target="a dog", method=method, **FEW | {"steps": 10})
+    (report,) = edits.reports
+    assert abs(report.rebuilt - report.limit) < 0.5
+    assert same(edits.before[0], photo())
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_the_same_prompt_without_guidance_changes_nothing_but_what_the_vae_does(tiny_pipe, method):
+    edits = tiny_pipe.edit(photo(), source="a cat", target="a cat", method=method, guidance=1, **FEW | {"steps": 10})
+    floor = I.to_pil(tiny_pipe.decode(tiny_pipe.encode(I.to_tensor([photo()]))))[0]
+    assert differ(edits[0], floor) < 1.0
+
+
+def test_null_text_is_nearer_than_ddim_under_guidance(tiny_pipe):
+    """With the same prompt and strong guidance the plain inversion drifts off, null-text holds on."""
+    floor, off = I.to_pil(tiny_pipe.decode(tiny_pipe.encode(I.to_tensor([photo()]))))[0], {}
+    for method in ("ddim", "null-text"):
+        asked = {"source": "a cat", "target": "a cat", "guidance": 4.0} | FEW
+        off[method] = differ(tiny_pipe.edit(photo(), method=method, **asked)[0], floor)
+    assert off["null-text"] < 0.7 * off["ddim"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_edits_at_any_size_and_repeats_itself(tiny_pipe, method):
+    asked = {"source": "a cat", "target": "a red dog", "method": method} | FEW
+    edits = tiny_pipe.edit(photo(50, 41), **asked)
+    assert edits[0].size == (50, 41)
+    assert not same(edits[0], photo(50, 41))
+    assert same(tiny_pipe.edit(photo(50, 41), **asked)[0], edits[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_strength_0_gives_the_picture_back(tiny_pipe, method):
+    assert same(tiny_pipe.edit(photo(), source="a", target="b", method=method, strength=0, **FEW)[0], photo())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outside_a_mask_nothing_changes(tiny_pipe, method):
+    mask = Image.new("L", (50, 41), 0)
+    ImageDraw.Draw(mask).rectangle((10, 8, 29, 30), fill=255)
+    result = tiny_pipe.edit(photo(50, 41), source="a cat", target="a red dog", method=method, mask=mask, blur=2, **FEW)[0]
+    outside = np.asarray(mask) == 0
+    assert (array(result) == array(photo(50, 41)))[outside].all()
+    assert (array(result) != array(photo(50, 41)))[~outside].any()
+
+
+def test_a_region_keeps_the_edit_inside(tiny_pipe):
+    asked = {"source": "a red cat", "target": "a red dog", "cross": 0, "self_attention": 0} | FEW
+    everywhere, inside = tiny_pipe.edit(None, **asked), tiny_pipe.edit(None, **asked, region=["cat", "dog"], threshold=0.9)
+    assert differ(inside[0], inside.before[0]) < differ(everywhere[0], everywhere.before[0])
+    assert close(tiny_pipe.edit(None, **asked, region=["cat"], threshold=1.0)[0], everywhere.before[0])
+
+
+# ------------------------------------------------------------------------------------------------------ batches, recipes
+
+
+@pytest.mark.parametrize("method", ["img2img", "prompt-to-prompt"])
+def test_a_batch_of_edits_is_each_edit_by_itself(tiny_pipe, method):
+    photos = [photo(seed=1), photo(40, 60, seed=2)]
+    asked = {"source": "a cat", "target": "a dog", "method": method} | FEW
+    batch = tiny_pipe.edit(photos, **asked)
+    for k in range(2):
+        assert same(batch[k], tiny_pipe.edit(photos[k], **asked | {"seed": 3 + k})[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipe_makes_the_edit_again(tiny_pipe, tmp_path, method):
+    extra = {"words": "refine", "cross": 0.5, "self_attention": 0.25} if method == "prompt-to-prompt" else {}
+    if method != "img2img":
+        extra |= {"region": ["cat", "red dog"], "weights": {"red": 1.5}, "threshold": 0.3}
+    edits = tiny_pipe.edit(
+        photo(), source="a cat", target="a red dog", method=method, guidance=3.0, negative="flat", **extra, **FEW
+    )
+    (path,) = edits.save(tmp_path / "a.png")
+    recipe = I.read_recipe(path)
+    assert same(tiny_pipe.edit(photo(), **recipe, progress=False)[0], edits[0])
+
+
+def test_the_sheet_shows_before_after_and_difference(tiny_pipe):
+    edits = Edits([photo(seed=1), photo(seed=2)], [photo(seed=1), photo(seed=3)], [None, None])
+    sheet = edits.sheet()
+    assert sheet.width == 96
+    row = sheet.height // 2
+    assert same(sheet.crop((0, 0, 32, 32)), photo(seed=1))
+    assert array(sheet.crop((64, 0, 96, 32))).max() == 0
+    assert same(sheet.crop((32, row, 64, row + 32)), photo(seed=2))
+    assert array(sheet.crop((64, row, 96, row + 32))).max() > 0
+
+
+def test_the_attention_to_a_word_is_a_picture_of_it(tiny_pipe):
+    found = tiny_pipe.attention("a red cat on a mat", ["cat", "red cat"], sampler="dpmpp_2m", **FEW)
+    assert len(found) == 3
+    assert close(found[0], tiny_pipe("a red cat on a mat", sampler="dpmpp_2m", **FEW)[0])
+    assert not same(found[1], found[2])
+    hot = editing.over(Image.new("RGB", (8, 8), "gray"), torch.eye(8))
+    assert array(hot)[0, 0, 0] > array(hot)[0, 7, 0] + 40
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "magic"}, ["method", "img2img", "magic"]),
+        ({"strength": 2}, ["strength", "from 0 to 1"]),
+        ({"cross": 1.1}, ["cross", "1.1"]),
+        ({"self_attention": -1}, ["self_attention", "-1"]),
+        ({"words": "swap"}, ["words", "replace", "swap"]),
+        ({"inversion": "magic"}, ["inversion", "magic"]),
+        ({"method": "ddim", "cross": 0.3}, ["cross", "prompt-to-prompt"]),
+        ({"region": "elephant"}, ["region", "elephant"]),
+        ({"weights": {"elephant": 2}}, ["weights", "elephant"]),
+        ({"weights": {"dog": float("inf")}}, ["weights", "inf"]),
+        ({"weights": "dog"}, ["weights", "dictionary"]),
+        ({"threshold": 3}, ["threshold"]),
+        ({"source": 5}, ["source"]),
+        ({"target": ""} | {"region": "dog"}, ["region", "dog"]),
+        ({"mask": Image.new("L", (5, 5), 255)}, ["mask", "5×5"]),
+        ({"mask": Image.new("L", (32, 32))}, ["mask", "black"]),
+        ({"photo": None, "method": "ddim"}, ["photo"]),
+        ({"photo": []}, ["photo", "empty"]),
+        ({"method": "img2img", "region": "dog"}, ["region", "img2img"]),
+        ({"steps": 0}, ["steps"]),
+        ({"blur": 2}, ["blur", "mask"]),
+    ],
+)
+def test_bad_input_is_refused_by_name_before_computing(tiny_pipe, options, words):
+    class Blind:
+        factor = tiny_pipe.vae.factor
+
+    blind = replace(tiny_pipe, vae=Blind(), unet=None)
+    asked = {"photo": photo(), "source": "a cat", "target": "a dog"} | FEW | options
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        blind.edit(asked.pop("photo"), **asked)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_word_that_is_not_in_the_prompt_has_no_map(tiny_pipe):
+    with pytest.raises(ValueError, match=r"word must be a word of the prompt 'a cat', got 'dog'"):
+        tiny_pipe.attention("a cat", "dog", **FEW)
