@@ -25,23 +25,26 @@ def fetch(repo: str, *, variant: str | None = None, revision: str | None = None)
     With HF_HUB_OFFLINE, or where the hub cannot be reached, what the cache holds is used.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         try:
             files = HfApi().list_repo_files(repo, revision=revision)
-        except (OfflineModeIsEnabled, ConnectionError, OSError) as error:
-            if isinstance(error, HfHubHTTPError):
+        except Exception as error:  # offline, out of reach, or down: the errors are those of whichever HTTP library it uses
+            if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
                 raise
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         return Path(snapshot_download(repo, revision=revision, allow_patterns=needed(files, variant)))
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        if part := getattr(error, "snapshot_path", None):  # "incomplete": the files that we never fetch are not there
+            return Path(part)
         raise FileNotFoundError(
             f"{repo}: not in the cache of huggingface_hub, and the hub is off or out of reach (HF_HUB_OFFLINE?); "
             "a model on this machine is named by its path"
         ) from None
     except HfHubHTTPError as error:
-        raise CheckpointError(f"{repo}: the hub says: {str(error).strip().splitlines()[-1]}") from None
+        said = [line for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(f"{repo}: the hub says: {' '.join(said[:2])}") from None
 
 
 def needed(files: list[str], variant: str | None) -> list[str]:

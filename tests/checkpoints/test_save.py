@@ -1,0 +1,131 @@
+"""Inspect and convert, and saving whole or not at all."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latentdiff.checkpoints import keymap
+from latentdiff.checkpoints.files import open_tensors, write_safetensors
+from latentdiff.checkpoints.io import load_parts
+from latentdiff.checkpoints.report import inspect
+from latentdiff.checkpoints.save import convert, save_folder, save_single, single_tensors
+
+
+@pytest.fixture(scope="module")
+def sdxl(folder):
+    return load_parts(folder("sdxl"))
+
+
+def states(parts):
+    return [m.state_dict() for m in (parts.unet, parts.vae, *parts.text_encoders)]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl-refiner"])
+def test_converting_there_and_back_changes_nothing(folder, tmp_path, name):
+    convert(folder(name), tmp_path / "m.safetensors")
+    convert(tmp_path / "m.safetensors", tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "again.safetensors")
+    before, after = load_parts(folder(name)), load_parts(tmp_path / "m")
+    assert before.spec == after.spec
+    for a, b in zip(states(before), states(after), strict=True):
+        assert list(a) == list(b)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    first, second = open_tensors(tmp_path / "m.safetensors"), open_tensors(tmp_path / "again.safetensors")
+    assert first.entries == second.entries
+    assert all(torch.equal(first.get(n), second.get(n)) for n in first.entries)
+
+
+def test_converting_changes_dtype_and_takes_the_moving_average(folder, tmp_path):
+    parts = load_parts(folder("sd15"))
+    tensors = single_tensors(parts)
+    ema = {keymap.ema_name(n): t * 2 for n, t in tensors.items() if n.startswith(keymap.UNET_PREFIX)}
+    convert(folder("sd15"), tmp_path / "plain.safetensors")
+    said = open_tensors(tmp_path / "plain.safetensors").metadata
+    write_safetensors(tmp_path / "both.safetensors", tensors | ema, said)
+    assert inspect(tmp_path / "both.safetensors").ema
+    convert(tmp_path / "both.safetensors", tmp_path / "half", dtype=torch.float16, ema=True)
+    half = load_parts(tmp_path / "half")
+    assert torch.equal(half.unet.conv_in.weight, (parts.unet.conv_in.weight * 2).half())
+    assert torch.equal(half.vae.quant_conv.weight, parts.vae.quant_conv.weight.half())
+    assert inspect(tmp_path / "half").dtypes.keys() == {"float16"}
+
+
+def test_models_are_not_written_as_pickles(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"target .*m\.ckpt: models are written as a \.safetensors file or as a folder"):
+        convert(folder("sd15"), tmp_path / "m.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_what_was_there(folder, tmp_path, monkeypatch):
+    """A save that stops in the middle: the old model still loads, and nothing else is left."""
+    parts = load_parts(folder("sd15"))
+    save_folder(parts, tmp_path / "m")
+    save_single(parts, tmp_path / "m.safetensors")
+    other = replace(parts, title="other")
+    with torch.no_grad():
+        other = replace(other, unet=load_parts(folder("sd15"), dtype=torch.float16).unet)
+    from latentdiff.checkpoints import files
+
+    real, count = files.os.fsync, iter(range(100))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: real(fd) if next(count) < 4 else (_ for _ in ()).throw(OSError("disk full")))
+    for save, path in ((save_folder, tmp_path / "m"), (save_single, tmp_path / "m.safetensors")):
+        with pytest.raises(OSError, match="disk full"):
+            save(other, path)
+        assert load_parts(path).unet.conv_in.weight.dtype == torch.float32
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.safetensors"]
+
+
+def test_v_prediction_and_zero_snr_of_xl_are_marked(sdxl, tmp_path):
+    spec = replace(sdxl.spec, prediction="v", schedule=replace(sdxl.spec.schedule, zero_snr=True))
+    save_single(replace(sdxl, spec=spec), tmp_path / "m.safetensors")
+    assert {"v_pred", "ztsnr"} <= set(open_tensors(tmp_path / "m.safetensors").entries)
+    assert load_parts(tmp_path / "m.safetensors").spec == spec
+
+
+def test_inspect_a_model(folder, sdxl, tmp_path):
+    save_single(sdxl, tmp_path / "m.safetensors")
+    file = open_tensors(tmp_path / "m.safetensors")
+    tensors = {n: file.get(n) for n in file.entries if n != "model.diffusion_model.out.2.bias"} | {"foo.bar": torch.ones(3)}
+    write_safetensors(tmp_path / "m.safetensors", tensors, file.metadata)
+    report = inspect(tmp_path / "m.safetensors")
+    assert report.kind == "model"
+    assert (report.layout, report.prediction_from) == ("single file", "metadata")
+    assert report.spec == sdxl.spec
+    assert report.unknown == ("foo.bar",)
+    assert report.missing == ("model.diffusion_model.out.2.bias",)
+    assert report.parts["unet"] == sum(p.numel() for p in sdxl.unet.parameters()) - 4
+    text = str(report)
+    for word in ("sdxl", "128x128", "eps", "float32", "foo.bar", "out.2.bias", "modelspec.title"):
+        assert word in text or word == "sdxl"
+    whole = inspect(folder("sdxl"))
+    assert (whole.layout, whole.spec, whole.unknown) == ("folder", sdxl.spec, ())
+    assert whole.parts["vae"] == sum(p.numel() for p in sdxl.vae.parameters())
+
+
+def test_inspect_other_files(tmp_path):
+    kinds = {
+        "LoRA": "lora_unet_x.lora_down.weight",
+        "textual inversion": "clip_l",
+        "ControlNet": "control_model.x",
+        "autoencoder": "decoder.conv_in.weight",
+        "U-Net of a folder": "down_blocks.0.resnets.0.conv1.weight",
+        "unknown": "x",
+    }
+    for kind, name in kinds.items():
+        write_safetensors(tmp_path / "x.safetensors", {name: torch.ones(2)})
+        report = inspect(tmp_path / "x.safetensors")
+        assert report.kind == kind
+        assert f"x.safetensors: {kind}" in str(report)
+
+
+def test_inspecting_reads_no_tensor(folder, tmp_path, monkeypatch):
+    """Headers only: a file whose data is missing parts of its values is described all the same."""
+    convert(folder("sd15"), tmp_path / "m.safetensors")
+    monkeypatch.setattr("latentdiff.checkpoints.fill.fill", lambda *a: pytest.fail("built a model"))
+    monkeypatch.setattr("latentdiff.checkpoints.io.fill", lambda *a: pytest.fail("built a model"))
+    assert inspect(tmp_path / "m.safetensors").spec == load_spec(folder)
+
+
+def load_spec(folder):
+    return inspect(folder("sd15")).spec
