@@ -7,7 +7,7 @@ chunks are joined along the tokens. So a prompt may have any length, and nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -16,11 +16,10 @@ from torch import Tensor
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.models.text import TextTower, TowerSpec
 from latentdiff.models.unet import UNet, sinusoids
+from latentdiff.prompts import SYNTAXES, Weigh, plain, plan
 
 Tokenizer = Callable[[str], list[int]]  # text -> ids, without begin, end and padding
 Parse = Callable[[str], list[list[tuple[str, float]]]]  # prompt -> sections (each starts a new chunk) of (text, weight)
-Weigh = Callable[[Float[Tensor, "c n d"], Float[Tensor, "c n"], Float[Tensor, "1 n d"]], Float[Tensor, "c n d"]]
-"""(states of each chunk, weight of each token, states of the empty prompt) -> states"""
 
 AESTHETIC_SCORES = (6.0, 2.5)  # what SDXL's refiner is told of the prompt and of the negative prompt
 
@@ -78,17 +77,24 @@ class Cond:
         return Cond(tensors[0] if isinstance(self.context, Tensor) else list(zip(tensors[::2], tensors[1::2], strict=True)), vector)
 
 
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What conditions a picture until (and including) step `until`: prompts that are guided together, and the negative."""
+
+    until: int
+    parts: list[tuple[Cond, float]]
+    negative: Cond
+
+    def finite(self) -> bool:
+        return all(cond.finite() for cond in (self.negative, *(cond for cond, _ in self.parts)))
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What a tower reads at once: begin, tokens, end, padding; and the weight of each, 1 for those that the prompt did not name."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
-
-
-def plain(prompt: str) -> list[list[tuple[str, float]]]:
-    """The prompt as it stands: one section, weight 1."""
-    return [[(prompt, 1.0)]]
 
 
 def chunks(sections: Sequence[Sequence[tuple[int, float]]], spec: TowerSpec, comma: int | None = None) -> list[Chunk]:
@@ -152,6 +158,19 @@ class TextEncoder:
         if self.spec.zero_empty_negative:
             unconds = [uncond if text else self._zeros(uncond) for text, uncond in zip(negatives, unconds, strict=True)]
         return conds, unconds
+
+    def stages(self, prompt: str, negative: str, *, syntax: str, steps: int, size: tuple[int, int]) -> list[Stage]:
+        """What conditions a picture of `size` (width, height) pixels in a run of so many steps; each text is encoded once.
+
+        syntax: a name in `prompts.SYNTAXES`.
+        """
+        rules = SYNTAXES[syntax]
+        said = plan(prompt, negative, steps, rules)
+        prompts = list(dict.fromkeys(text for s in said for text, _ in s.parts))
+        negatives = list(dict.fromkeys(s.negative for s in said))
+        conds, unconds = replace(self, parse=rules.parse, weigh=rules.weigh).encode_all(prompts, negatives, size=size)
+        of_prompt, of_negative = (dict(zip(*pair, strict=True)) for pair in ((prompts, conds), (negatives, unconds)))
+        return [Stage(s.until, [(of_prompt[text], w) for text, w in s.parts], of_negative[s.negative]) for s in said]
 
     def parameters(self) -> Iterator[Tensor]:
         return (p for tower in self.towers for p in tower.parameters())

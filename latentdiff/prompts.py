@@ -219,11 +219,26 @@ def schedule(prompt: str, steps: int) -> list[tuple[int, str]]:
     return entries
 
 
-def plan(prompt: str, steps: int) -> list[tuple[int, list[tuple[str, float]]]]:
-    """Until which step which prompts are guided together: AND, and the schedule of each part, put together."""
+@dataclass(frozen=True)
+class Said:
+    """What a picture is told until (and including) step `until`: prompts with weights, and a negative prompt."""
+
+    until: int
+    parts: tuple[tuple[str, float], ...]
+    negative: str = ""
+
+
+def plan(prompt: str, negative: str, steps: int, syntax: Syntax) -> list[Said]:
+    """AND, the schedule of each of its parts and that of the negative prompt, put together; the last ends at `steps`.
+
+    In a negative prompt AND is a word like others, as in A1111.
+    """
+    if not syntax.dynamic:
+        return [Said(steps, ((prompt, 1.0),), negative)]
     parts = [(schedule(text, steps), weight) for text, weight in conjunction(prompt)]
-    ends = sorted({end for entries, _ in parts for end, _ in entries})
-    return [(end, [(_at(entries, end), weight) for entries, weight in parts]) for end in ends]
+    negatives = schedule(negative, steps)
+    ends = sorted({end for entries in (negatives, *(entries for entries, _ in parts)) for end, _ in entries})
+    return [Said(end, tuple((_at(entries, end), weight) for entries, weight in parts), _at(negatives, end)) for end in ends]
 
 
 def _at(entries: list[tuple[int, str]], step: int) -> str:

@@ -7,7 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentdiff.prompts import SYNTAXES, a1111, comfyui, conjunction, from_empty, plain, plan, scale, scale_and_keep_mean, schedule
+from latentdiff.prompts import (
+    SYNTAXES,
+    Said,
+    a1111,
+    comfyui,
+    conjunction,
+    from_empty,
+    plain,
+    plan,
+    scale,
+    scale_and_keep_mean,
+    schedule,
+)
 
 # Text made of what means something, so that Hypothesis finds the corners.
 SIGNS = ["(", ")", "[", "]", ":", "|", "\\", " ", "1.3", ".5", "-", "BREAK", "AND", "a", ",", "9" * 400, "\n", "é", "🐈", "\ud800"]
@@ -127,12 +139,15 @@ def test_and_separates_prompts_with_weights():
 
 
 def test_a_plan_puts_schedules_and_conjunctions_together():
-    assert plan("a cat", 30) == [(30, [("a cat", 1.0)])]
-    assert plan("[a:b:2] AND [c:d:3] :0.3", 4) == [
-        (2, [("a", 1.0), ("c", 0.3)]),
-        (3, [("b", 1.0), ("c", 0.3)]),
-        (4, [("b", 1.0), ("d", 0.3)]),
+    syntax = SYNTAXES["a1111"]
+    assert plan("a cat", "", 30, syntax) == [Said(30, (("a cat", 1.0),))]
+    assert plan("[a:b:2] AND [c:d:3] :0.3", "x AND [y:z:3]", 4, syntax) == [
+        Said(2, (("a", 1.0), ("c", 0.3)), "x AND y"),
+        Said(3, (("b", 1.0), ("c", 0.3)), "x AND y"),
+        Said(4, (("b", 1.0), ("d", 0.3)), "x AND z"),
     ]
+    for name in ("comfyui", "plain"):
+        assert plan("[a:b:2] AND c", "[y|z]", 4, SYNTAXES[name]) == [Said(4, (("[a:b:2] AND c", 1.0),), "[y|z]")]
 
 
 @given(texts)
@@ -149,8 +164,7 @@ def test_no_text_raises_and_none_is_lost(text):
 @given(texts, st.integers(1, 12))
 @settings(deadline=None, max_examples=400)
 def test_a_schedule_covers_the_run(text, steps):
-    for entries in (schedule(text, steps), plan(text, steps)):
-        ends = [end for end, _ in entries]
+    for ends in ([end for end, _ in schedule(text, steps)], [s.until for s in plan(text, text, steps, SYNTAXES["a1111"])]):
         assert ends == sorted(set(ends))
         assert ends[-1] == steps
         assert ends[0] >= 1
@@ -181,7 +195,7 @@ def test_text_without_signs_is_left_alone(text):
 )
 def test_nesting_and_length_cost_linear_time(text):
     start = time.process_time()
-    a1111(text), comfyui(text), plan(text, 4)
+    a1111(text), comfyui(text), plan(text, text, 4, SYNTAXES["a1111"])
     assert time.process_time() - start < 5  # measured: below 0.5; a quadratic reader takes minutes
 
 
