@@ -9,6 +9,7 @@ from latentdiff import origin
 from latentdiff.checkpoints.io import load_parts
 from latentdiff.checkpoints.save import save_single
 from latentdiff.images import to_tensor
+from latentdiff.refine import refine
 
 from .conftest import SMALL
 
@@ -104,3 +105,32 @@ def test_refiner(folder, loaded):
     z = pipe.encode(to_tensor([photo()]))
     b = theirs(folder("sdxl-refiner"), "sdxl-refiner", negative_prompt="a dog", image=z, strength=0.5, guidance_scale=5.0)
     close(a, b)
+
+
+@pytest.mark.parametrize("handoff", [0.8, 0.5])
+@torch.no_grad()
+def test_base_and_refiner(folder, handoff):
+    """The base's state at a noise level is where the refiner goes on."""
+    import diffusers
+
+    base, second = (latentdiff.load(folder(name), device="cpu") for name in ("sdxl", "sdxl-refiner"))
+    asked = {"prompt": PROMPT, "negative": "a dog", "guidance": 5.0, "steps": 10, "seed": 7, "size": SIDE, "handoff": handoff}
+    latents = []
+    decode = type(second).decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(second), "decode", lambda self, z: (latents.append(z), decode(self, z))[1])
+        (picture,) = refine(base, second, **asked, sampler="ddim", progress=False)
+    assert f"Refiner: sdxl-refiner, Refiner switch at: {handoff:g}" in picture.info["parameters"]
+
+    common = {
+        "prompt": PROMPT,
+        "negative_prompt": "a dog",
+        "guidance_scale": 5.0,
+        "num_inference_steps": 10,
+        "output_type": "latent",
+    }
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder("sdxl"), local_files_only=True)
+    generator = torch.Generator().manual_seed(7)
+    z = pipe(**common, generator=generator, denoising_end=handoff, height=SIDE, width=SIDE).images
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(folder("sdxl-refiner"), local_files_only=True)
+    close(latents[0], pipe(**common, image=z, denoising_start=handoff).images)

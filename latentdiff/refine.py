@@ -1,0 +1,105 @@
+"""Two models for one picture: the first makes it down to a noise level, the second goes on from there (SDXL and its refiner).
+
+Podell et al. 2023, arXiv 2307.01952, section 2.5. At the hand-off both see the same state x = x0 + sigma · eps, so there is
+nothing to convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from latentdiff import __version__, images, request
+from latentdiff.diffusion.samplers import Step
+from latentdiff.images import Images
+from latentdiff.pipeline import Pipeline, Progress, finished
+from latentdiff.request import Request, number
+
+HANDOFF = 0.8  # of the times of training, from the noisiest on, are the base's: what SDXL was released with
+
+
+def refine(
+    base: Pipeline,
+    refiner: Pipeline,
+    prompt: str | Sequence[str],
+    *,
+    negative: str | Sequence[str] | None = None,
+    handoff: float = HANDOFF,
+    guidance: float | None = None,
+    steps: int | None = None,
+    sampler: str | Callable[..., Iterator[Step]] | None = None,
+    spacing: str | Sequence[float] | None = None,
+    seed: int | None = None,
+    n: int = 1,
+    size: int | tuple[int, int] | None = None,
+    batch: int | None = None,
+    progress: bool = True,
+) -> Images:
+    """Pictures that `base` begins and `refiner` finishes.
+
+    handoff: share, 0 to 1, of the schedule that is the base's; at 1 the refiner does nothing. The others are as in `base(...)`;
+    steps counts both models' together. Errors: as `base(...)`; ValueError for models whose latents are not of one kind.
+    """
+    share = number("handoff", handoff, 0, 1)
+    if refiner.spec.task != "text" or base.spec.vae.latent_channels != refiner.spec.vae.latent_channels:
+        raise ValueError(
+            f"refiner must be a text-to-image model on the base's latents, got {refiner.spec.name} ({refiner.spec.task})"
+        )
+
+    def asked(pipe: Pipeline, seed: int | None) -> Request:
+        return request.request(
+            pipe.spec,
+            pipe.schedule,
+            pipe.vae.factor,
+            prompt=prompt,
+            negative=negative,
+            guidance=guidance,
+            rescale=0.0,
+            steps=steps,
+            sampler=sampler,
+            spacing=spacing,
+            eta=None,
+            seed=seed,
+            n=n,
+            size=base.spec.size if size is None else size,
+            batch=batch,
+        )
+
+    first = asked(base, seed)
+    second = replace(asked(refiner, first.seeds[0]), seeds=first.seeds)
+    result = finished(handed_over(base, refiner, first, second, share), len(first.sigmas) - 1, progress)
+    for k, image in enumerate(result):
+        extra = {"Model": base.title, "Refiner": refiner.title, "Refiner switch at": f"{share:g}"}
+        extra["Version"] = f"latentdiff {__version__}"
+        image.info["parameters"] = images.write_parameters(first.recipe(k), extra)
+    return result
+
+
+def handed_over(base: Pipeline, refiner: Pipeline, first: Request, second: Request, share: float) -> Iterator[Progress]:
+    """The base's steps on the grid's upper part, and the refiner's on the rest; indices go on."""
+    cut = handoff_step(base, first.sigmas, share)
+    last = None
+    if cut > 0:
+        for last in base.run(replace(first, sigmas=first.sigmas[: cut + 1])):
+            yield replace(last, steps=len(first.sigmas) - 1)
+    if cut == len(first.sigmas) - 1:
+        return
+    rest = replace(second, sigmas=first.sigmas[cut:])
+
+    def start(randn):
+        """The base's state. The noise it has drawn is drawn again, so that a sampler that adds noise adds new one."""
+        x = refiner.noise(rest, randn)
+        for _ in range(cut):
+            randn(x)
+        return x if last is None else last.x.to(x.device)
+
+    for step in refiner.run(rest, start):
+        yield replace(step, i=step.i + cut, steps=len(first.sigmas) - 1)
+
+
+def handoff_step(base: Pipeline, sigmas: torch.Tensor, share: float) -> int:
+    """The first step whose time is below (1 - share) · T: that one is the refiner's."""
+    times = base.schedule.t(sigmas[:-1])
+    return int((times >= round((1 - share) * len(base.schedule))).sum())

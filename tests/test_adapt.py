@@ -1,0 +1,72 @@
+"""LoRAs and words on a pipeline: another pipeline; the first makes the same pictures as before."""
+
+import pytest
+import torch
+
+from latentdiff.adapt import adapt, scaled
+from latentdiff.checkpoints.files import CheckpointError, write_safetensors
+
+FEW = {"steps": 2, "seed": 1, "progress": False}
+
+
+def lora(pipe, path):
+    tensors = {}
+    for key, w in pipe.unet.state_dict().items():
+        if "attn" in key and w.ndim == 2:
+            name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+            generator = torch.Generator().manual_seed(len(tensors))
+            tensors[f"{name}.lora_down.weight"] = torch.randn(2, w.shape[1], generator=generator)
+            tensors[f"{name}.lora_up.weight"] = torch.randn(w.shape[0], 2, generator=generator)
+    write_safetensors(path, tensors)
+    return path
+
+
+def picture(pipe, prompt="a cat"):
+    (image,) = pipe(prompt, **FEW)
+    return image.tobytes()
+
+
+def test_loras_make_another_pipeline(tiny_pipe, tmp_path):
+    before, path = picture(tiny_pipe), lora(tiny_pipe, tmp_path / "l.safetensors")
+    on = adapt(tiny_pipe, lora={path: 0.8})
+    assert picture(on) != before
+    assert picture(tiny_pipe) == before
+    assert picture(adapt(tiny_pipe, lora={path: 0.0})) == before
+    assert picture(adapt(tiny_pipe, lora=str(path))) == picture(adapt(tiny_pipe, lora=[path]))
+    assert picture(adapt(tiny_pipe, lora={path: 1.0})) != picture(on)
+    off = adapt(on, lora={path: -0.8})  # from merged weights: close, not equal; the first pipeline is the way back
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(off.unet.parameters(), tiny_pipe.unet.parameters(), strict=True))
+
+
+def test_words(tiny_pipe, tmp_path):
+    before = picture(tiny_pipe, "a toyword")
+    width = tiny_pipe.spec.towers[0].width
+    write_safetensors(
+        tmp_path / "w.safetensors", {"toyword": torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 5}
+    )
+    on = adapt(tiny_pipe, words=tmp_path / "w.safetensors")
+    assert len(on.text.tokenizers[0]("toyword")) == 3
+    assert on.spec.towers[0].vocab == tiny_pipe.spec.towers[0].vocab + 3
+    assert picture(on, "a toyword") != before
+    assert picture(on, "a cat") == picture(tiny_pipe, "a cat")
+    named = adapt(tiny_pipe, words={tmp_path / "w.safetensors": "<other>"})
+    assert picture(named, "a <other>") == picture(on, "a toyword")
+
+
+def test_faults_are_those_of_the_files(tiny_pipe, tmp_path):
+    write_safetensors(tmp_path / "l.safetensors", {"lora_unet_nothing.lora_down.weight": torch.ones(1, 1)})
+    with pytest.raises(CheckpointError, match="1 of 1 keys fit no weight"):
+        adapt(tiny_pipe, lora=tmp_path / "l.safetensors")
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        adapt(tiny_pipe, lora={lora(tiny_pipe, tmp_path / "m.safetensors"): float("nan")})
+    with pytest.raises(FileNotFoundError):
+        adapt(tiny_pipe, words=tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a.safetensors", ("a.safetensors", 1.0)), ("a.safetensors:0.8", ("a.safetensors", 0.8)), ("C:/x/a.st", ("C:/x/a.st", 1.0)),
+     ("C:/x/a.st:-1.5", ("C:/x/a.st", -1.5)), (":0.5", (":0.5", 1.0))],
+)  # fmt: skip
+def test_scales_on_the_command_line(text, expected):
+    assert scaled(text) == expected
