@@ -47,7 +47,7 @@ SD = {
 def through_diffusers(folder, prompt, negative, *, steps, guidance, seed, eta=0.0, n=1):
     """Pictures of diffusers' own pipeline, float in [0, 1], from the noise that our seed gives.
 
-    Steps that divide 1000 or a power of two: of others, such as 6, its trailing spacing can make one step too many, at t = -1.
+    Steps that divide 1000: with others its DDIM goes down to t - 1000 // steps, which is not the t that it then runs the network at.
     """
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
