@@ -131,9 +131,11 @@ def train_clip(config: CLIPTraining) -> Any:
     """
     from open_clip.loss import ClipLoss
 
+    from latentdiff.evaluation.clip_score import load_clip
+
     source = open_source(config.data, size=config.size, compose=config.compose)
     words = _vocabulary(config, source)
-    clip = build_clip(config, words) if config.start is None else _load(config.start)
+    clip = build_clip(config, words) if config.start is None else load_clip(config.start).train().requires_grad_()
     if config.freeze_text:
         for part in (clip.text_model, clip.text_projection):  # type: ignore[union-attr]
             part.requires_grad_(False)
@@ -157,7 +159,7 @@ def train_clip(config: CLIPTraining) -> Any:
 
 
 def _vocabulary(config: CLIPTraining, source: Any) -> Tokenizer:
-    """The vocabulary of `start`, of an earlier start of this run, or one learnt from 10,000 captions."""
+    """The vocabulary of `start`, of an earlier start of this run, or one learnt from 10,000 captions, if there are so many."""
     folder = (config.start or config.out) / "tokenizer"
     once(lambda: _learn_missing(folder, config, source))
     return tokenizer.read(folder)[0]
@@ -166,7 +168,8 @@ def _vocabulary(config: CLIPTraining, source: Any) -> Tokenizer:
 def _learn_missing(folder: Path, config: CLIPTraining, source: Any) -> None:
     if config.start or (folder / "tokenizer_config.json").is_file():  # the file that is written last
         return
-    captions = Counter(source.get(i % len(source), 7 + i // len(source))[1] for i in range(10_000))
+    count = min(10_000, 20 * len(source))
+    captions = Counter(source.get(i % len(source), 7 + i // len(source))[1] for i in range(count))
     words = learn_vocabulary((c for c, n in captions.items() for _ in range(n)), config.vocab, config.length)
     tokenizer.write(folder, words, words.end_id)
 
@@ -199,9 +202,3 @@ def preprocessing(size: int) -> Mapping[str, Any]:
         "image_processor_type": "CLIPImageProcessor", **yes, "do_center_crop": False, "size": square, "resample": 3,
         "rescale_factor": 1 / 255, "image_mean": half, "image_std": half,
     }  # fmt: skip
-
-
-def _load(folder: Path) -> Any:
-    from latentdiff.evaluation.clip_score import load_clip
-
-    return load_clip(folder)

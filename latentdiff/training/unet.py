@@ -130,12 +130,7 @@ def train_unet(config: UNetTraining) -> UNet:
     contexts = encode_captions(tower, words, [*latents.captions, ""])
     schedule = getattr(schedules, config.schedule)()
 
-    torch.manual_seed(config.seed)
-    if config.start is None:
-        unet = UNet(spec.unet)
-        init_for_training(unet)
-    else:
-        unet = from_folder(on_meta(UNet, spec.unet), config.start / "unet", Options(dtype=torch.float32), "U-Net").requires_grad_()
+    unet = begin(config, spec.unet)
 
     def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         device, n = next(model.parameters()).device, len(batch)
@@ -163,6 +158,17 @@ def train_unet(config: UNetTraining) -> UNet:
     parts = Parts(spec=spec, unet=trained, vae=vae, text_encoders=(tower,), tokenizers=(words,), title=config.out.name, clip=rest)
     once(lambda: save_folder(parts, config.out / "model"))
     return trained
+
+
+def begin(config: UNetTraining, sizes: UNetConfig) -> UNet:
+    """New weights, or those of `config.start`."""
+    if config.start is not None:
+        loaded = from_folder(on_meta(UNet, sizes), config.start / "unet", Options(dtype=torch.float32), "U-Net")
+        return loaded.train().requires_grad_()
+    torch.manual_seed(config.seed)
+    unet = UNet(sizes)
+    init_for_training(unet)
+    return unet
 
 
 def model_spec(config: UNetTraining, vae: VAE, tower: TextTower) -> ModelSpec:

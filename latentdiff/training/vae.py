@@ -152,9 +152,11 @@ def to_float(batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latent_scale(vae: VAE, source: Any, pictures: int = 256) -> float:
-    """1 / std of the latents, so that the U-Net sees unit variance (Rombach et al., appendix G)."""
+    """1 / std of the latents as sampled, so that the U-Net sees unit variance (Rombach et al., appendix G)."""
     device = next(vae.parameters()).device
     n = min(pictures, len(source))
     images = torch.stack([source.get(i * len(source) // n, 1)[0] for i in range(n)])
-    means = [vae.moments(to_float(part).to(device))[0].float() for part in images.split(32)]
-    return 1 / torch.cat(means).std().item()
+    mean, logvar = (
+        torch.cat(m).float() for m in zip(*(vae.moments(to_float(part).to(device)) for part in images.split(32)), strict=True)
+    )
+    return (mean.var() + logvar.exp().mean()).rsqrt().item()

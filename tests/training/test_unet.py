@@ -1,0 +1,285 @@
+"""Training the U-Net: latents made once, the order of a run, dropped captions, exact resume, and the model folder at the end."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentdiff.checkpoints.families import EMBEDDED
+from latentdiff.checkpoints.fill import Options
+from latentdiff.checkpoints.io import load_parts, load_vae
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.training import unet as trainer
+from latentdiff.training.data import batches, open_source
+from latentdiff.training.unet import UNetTraining, encode_captions, encode_pictures, load_tower, order, origin, train_unet
+from latentdiff.training.vae import to_float
+
+SIZES: dict[str, Any] = {"size": 16, "widths": (8, 16), "attention": (False, True), "head_width": 8, "groups": 4, "warmup": 0}
+PROMPTS = ("a red disc", "a blue square")
+
+
+@pytest.fixture
+def config(pictures: Path, vae_folder: Path, clip_folder: Path, tmp_path: Path) -> UNetTraining:
+    return UNetTraining(
+        out=tmp_path, data=pictures, vae=vae_folder, clip=clip_folder, steps=7, batch=5, lr=1e-2, pictures=13, prompts=PROMPTS,
+        **SIZES,
+    )  # fmt: skip
+
+
+def changed(config: UNetTraining, **changes: Any) -> UNetTraining:
+    return replace(config, **changes)
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+def test_an_epoch_shows_every_picture_once_and_each_in_its_own_order() -> None:
+    n = 11
+    epochs = order(3, n, 0, 4 * n).split(n)
+    assert all(sorted(epoch.tolist()) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+
+
+def test_the_order_depends_on_the_place_alone() -> None:
+    whole = order(3, 11, 0, 60)
+    assert torch.equal(torch.cat([order(3, 11, k, 5) for k in range(0, 60, 5)]), whole)
+    assert torch.equal(order(3, 11, 17, 9), whole[17:26])
+    assert not torch.equal(order(4, 11, 0, 60), whole)
+
+
+# ------------------------------------------------------------------------------------------------ latents
+
+
+def encoded(config: UNetTraining) -> trainer.Latents:
+    vae = load_vae(config.vae, EMBEDDED, Options(dtype=torch.float32))
+    source = open_source(config.data, size=config.size)
+    return encode_pictures(vae, source, config, origin(config, vae, source))  # type: ignore[arg-type]
+
+
+def test_latents_are_the_posterior_of_the_pictures_of_a_run(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "SHARD", 5)
+    config = changed(config, precision="no")
+    found = encoded(config)
+    stream = batches(open_source(config.data, size=16), 13, seed=config.seed)
+    images, captions = next(stream)
+    vae: Any = load_vae(config.vae, EMBEDDED, Options())
+    with torch.no_grad():
+        mean, logvar = vae.moments(to_float(images))
+    assert found.mean.shape == found.std.shape == (13, 4, 8, 8)
+    torch.testing.assert_close(found.mean.float(), mean, rtol=1e-3, atol=1e-3)  # they are kept in float16
+    torch.testing.assert_close(found.std.float(), (0.5 * logvar).exp(), rtol=1e-3, atol=1e-3)
+    assert [found.captions[i] for i in found.caption] == captions
+    assert len(set(found.captions)) == len(found.captions)
+    assert sorted(p.name for p in (config.out / "latents").glob("*.txt")) == ["00000.txt", "00001.txt", "00002.txt"]
+
+
+def test_shards_that_a_killed_start_left_are_not_made_again(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "SHARD", 5)
+    whole, folder = encoded(config), config.out / "latents"
+    for name in ("00001.txt", "00002.txt", "00002.safetensors"):  # killed before the mark of the second shard
+        (folder / name).unlink()
+    made, write = [], trainer._write_shard
+    monkeypatch.setattr(trainer, "_write_shard", lambda path, *rest: (made.append(path.name), write(path, *rest)))
+    again = encoded(config)
+    assert made == ["00001", "00002"]
+    assert torch.equal(again.mean, whole.mean)
+    assert torch.equal(again.std, whole.std)
+    assert (again.captions, again.caption.tolist()) == (whole.captions, whole.caption.tolist())
+
+
+@pytest.mark.parametrize("changes", [{"pictures": 14}, {"seed": 1}])
+def test_latents_of_something_else_are_not_taken(config: UNetTraining, changes: dict[str, int]) -> None:
+    encoded(config)
+    with pytest.raises(ValueError, match=r"out: .*latents was made from .*; remove it, or choose a new folder"):
+        encoded(changed(config, **changes))
+
+
+def test_contexts_are_the_towers_and_the_last_is_of_nothing(clip_folder: Path) -> None:
+    words, tower = load_tower(clip_folder)
+    found = encode_captions(tower, words, ["a red disc", "a blue square", ""])
+    with torch.no_grad():
+        empty = tower(torch.tensor([[words.begin_id, *[words.end_id] * 11]]))[0]
+    torch.testing.assert_close(found.states[-1:].float(), empty, rtol=1e-3, atol=1e-3)
+    assert found.states.shape == (3, 12, 16)
+    assert not torch.equal(found.states[0], found.states[1])
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+class Spy(nn.Module):
+    """A network that answers 0 and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: None) -> Tensor:
+        self.seen.append((x.detach(), t, context))
+        return x * self.weight
+
+
+def spied(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> tuple[Spy, list[float]]:
+    """The batches that the trainer makes of latents, and the losses of a network that answers 0."""
+    spy, losses = Spy(), []
+
+    def fit(model: nn.Module, loss: Any, stream: Any, config: UNetTraining, **_: Any) -> nn.Module:
+        batch_of = stream(0, 0, 1)
+        for step in range(config.steps):
+            losses.append(loss(spy, next(batch_of), torch.Generator().manual_seed(step))[0].item())
+        return model
+
+    monkeypatch.setattr(trainer, "fit", fit)
+    train_unet(config)
+    return spy, losses
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.25, 1.0])
+def test_captions_are_dropped_as_often_as_asked(config: UNetTraining, monkeypatch: pytest.MonkeyPatch, drop: float) -> None:
+    config = changed(config, drop=drop, steps=100, batch=20)
+    spy, _ = spied(config, monkeypatch)
+    words, tower = load_tower(config.clip)
+    empty = encode_captions(tower, words, [""]).states.float()
+    contexts = torch.cat([context for *_, context in spy.seen])
+    share = (contexts == empty).flatten(1).all(1).double().mean().item()
+    assert share == pytest.approx(drop, abs=4 * (drop * (1 - drop) / 2000) ** 0.5)
+
+
+def test_the_network_sees_every_level_and_unit_variance(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy, losses = spied(changed(config, steps=100, batch=20), monkeypatch)
+    t = torch.cat([t for _, t, _ in spy.seen])
+    assert t.min() < 10
+    assert t.max() > 989
+    assert t.mean().item() == pytest.approx(499.5, abs=4 * (1e6 / 12 / 2000) ** 0.5)
+    x = torch.cat([x for x, *_ in spy.seen])
+    assert x.square().mean().item() == pytest.approx(1, abs=0.1)
+    assert sum(losses) / len(losses) == pytest.approx(1, abs=0.1)  # v has the variance of x0 and eps
+
+
+def test_the_loss_is_the_denoisers(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    """eps, v and x0, with and without min-SNR weights: what is minimised is what `Denoiser.loss` gives."""
+    calls = []
+
+    def remembered(self: Denoiser, x0: Tensor, cond: Any, eps: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
+        calls.append((self.prediction, None if weight is None else weight.max().item()))
+        return real(self, x0, cond, eps, t, weight)
+
+    real = Denoiser.loss
+    monkeypatch.setattr(Denoiser, "loss", remembered)
+    for k, (prediction, gamma) in enumerate([("eps", None), ("v", 5.0), ("x0", 3.0)]):
+        spied(changed(config, out=config.out / str(k), prediction=prediction, min_snr=gamma, steps=3, batch=20), monkeypatch)
+    assert [c[0] for c in calls] == ["eps"] * 3 + ["v"] * 3 + ["x0"] * 3
+    assert all(weight is None for _, weight in calls[:3])
+    assert all(weight <= 5 / 6 + 1e-6 for _, weight in calls[3:6])  # min(snr, 5) / (snr + 1)
+    assert max(weight for _, weight in calls[6:]) == pytest.approx(3.0)  # min(snr, 3)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize(("kill_at", "precision"), [(1, "auto"), (4, "no")])
+def test_resume_is_exact(runs: Any, config: UNetTraining, kill_at: int, precision: str) -> None:
+    """13 pictures, 5 a step: both kills are in the middle of an epoch."""
+    runs.assert_resumes_exactly(train_unet, changed(config, precision=precision), config.out, kill_at)
+
+
+def test_overfits_four_latents(config: UNetTraining) -> None:
+    """Four flat latents of unit variance: predicting them from their noise is soon learnt."""
+    losses: list[float] = []
+    flat = torch.randn(4, 4, 1, 1, generator=torch.Generator().manual_seed(0)).expand(4, 4, 8, 8)
+
+    def given(vae: Any, *_: Any) -> trainer.Latents:
+        return trainer.Latents(flat / flat.std() / vae.config.scale, torch.zeros(4, 4, 8, 8), torch.arange(4), ["a", "b", "c", "d"])
+
+    def watched(model: Any, loss: Any, stream: Any, config: Any, **rest: Any) -> Any:
+        def spy(*arguments: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+            value, metrics = loss(*arguments)
+            losses.append(value.item())
+            return value, metrics
+
+        return real(model, spy, stream, config, **rest)
+
+    real = trainer.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "fit", watched)
+        patch.setattr(trainer, "encode_pictures", given)
+        train_unet(changed(config, pictures=4, batch=16, steps=100, precision="no"))
+    assert losses[0] == pytest.approx(1, abs=0.35)  # new weights answer 0
+    assert sum(losses[-20:]) / 20 < 0.65 * sum(losses[:5]) / 5
+
+
+def test_ends_with_a_model_that_loads_and_draws(runs: Any, config: UNetTraining) -> None:
+    trained = train_unet(config)
+    parts = load_parts(config.out / "model")
+    assert runs.differing(dict(parts.unet.state_dict()), dict(trained.state_dict())) == []
+    assert (parts.spec.prediction, parts.spec.size, parts.spec.schedule.kind) == ("v", 16, "cosine")
+    assert (parts.spec.sampling.spacing, parts.spec.sampling.final) == ("trailing", "zero")
+    assert parts.tokenizers[0].length == 12
+    assert parts.clip is not None
+    pipeline = pytest.importorskip("latentdiff.loading").load(config.out / "model", device="cpu")
+    picture = pipeline("a red disc", steps=2, seed=0, progress=False)[0]
+    assert picture.size == (16, 16)
+    assert (config.out / "samples" / "step-00000007.png").is_file()
+
+
+@pytest.mark.oracle
+def test_diffusers_opens_what_was_trained_and_draws_the_same(config: UNetTraining) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    train_unet(config)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(config.out / "model", safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    ours = pytest.importorskip("latentdiff.loading").load(config.out / "model", device="cpu")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    wanted = theirs("a red disc", latents=noise, num_inference_steps=4, height=16, width=16, output_type="np").images[0]
+    found = ours("a red disc", steps=4, seed=5, progress=False)[0]
+    difference = torch.tensor(wanted * 255) - torch.frombuffer(bytearray(found.tobytes()), dtype=torch.uint8).reshape(16, 16, 3)
+    assert difference.abs().max() < 0.51  # ours is rounded to 8 bits
+
+
+def test_goes_on_from_a_model(runs: Any, config: UNetTraining) -> None:
+    first = train_unet(changed(config, out=config.out / "first"))
+    start = trainer.begin(changed(config, start=config.out / "first" / "model"), trainer_sizes(config.out / "first" / "model"))
+    assert runs.differing(dict(start.state_dict()), dict(first.state_dict())) == []
+    second = train_unet(changed(config, out=config.out / "second", start=config.out / "first" / "model", lr=1e-3, steps=2))
+    assert runs.differing(dict(second.state_dict()), dict(first.state_dict()))
+
+
+def trainer_sizes(folder: Path) -> Any:
+    return load_parts(folder).spec.unet
+
+
+def test_a_run_is_not_resumed_on_another_text_tower(config: UNetTraining, clip_folder: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    train_unet(changed(config, steps=1))
+    other = config.out / "other"
+    shutil.copytree(clip_folder, other)
+    file = other / "text_encoder" / "model.safetensors"
+    save_file({k: v + 1e-3 for k, v in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"another model or data \(text was '\w{16}', is '\w{16}'\)"):
+        train_unet(changed(config, steps=2, clip=other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": (True,)}, r"attention must have one entry a width \(2\), got \(True,\)"),
+        ({"widths": (8, 12)}, r"widths must be multiples of head_width \(8\), got \(8, 12\)"),
+        ({"head_width": 0}, r"widths must be multiples of head_width \(0\)"),
+        ({"pictures": 0}, "pictures and prompts must be at least one, got 0"),
+        ({"prompts": ()}, r"pictures and prompts must be at least one, got 13 and \(\)"),
+        ({"drop": 1.5}, r"drop must lie in \[0, 1\], got 1.5"),
+        ({"min_snr": 0.0}, "min_snr must be a positive number or None, got 0.0"),
+        ({"lr": -1.0}, "lr must be a positive number, got -1.0"),
+    ],
+)
+def test_bad_values_are_refused_by_name(config: UNetTraining, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        changed(config, **changes)
