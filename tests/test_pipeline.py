@@ -47,7 +47,7 @@ SD = {
 def through_diffusers(folder, prompt, negative, *, steps, guidance, seed, eta=0.0, n=1):
     """Pictures of diffusers' own pipeline, float in [0, 1], from the noise that our seed gives.
 
-    Steps that divide 1000: with others its DDIM goes down to t - 1000 // steps, which is not the t that it then runs the network at.
+    Steps that divide 1000: with others its DDIM goes down to t - 1000 // steps, which is not where it then runs the network.
     """
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
