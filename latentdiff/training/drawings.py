@@ -37,18 +37,30 @@ CONTRAST = 85  # least distance in RGB between a background and the mean colour 
 class ComposeConfig:
     """How pictures are composed: shares of the kinds of pictures, chances of what a caption mentions, and strengths."""
 
-    everyday: float = 0.7  # chance of an everyday idea (rather than any drawing)
-    favourites: tuple[str, ...] = ()  # concepts of which an everyday idea is drawn first of all
-    favour: float = 0.0  # chance that an everyday idea is one of them
-    pair: float = 0.14  # share of "a cat and a dog", "a star above a house"
-    several: float = 0.07  # share of "three apples"
-    triple: float = 0.03  # share of "a cat, a dog and a tree"; what remains shows one drawing
-    recolour: float = 0.3  # chance that a drawing of one colour is painted in another
-    white: float = 0.5  # chance of a white background
-    mirror: float = 0.2  # chance of mirroring a drawing that bears it
-    scale: tuple[float, float] = (0.78, 0.95)  # side of a single drawing's canvas, in picture sides
-    offset: float = 0.03  # its largest shift, in picture sides
-    style: float = 0.15  # chance that the caption names the hand
+    everyday: float = 0.7
+    """Chance of an everyday idea (rather than any drawing)."""
+    favourites: tuple[str, ...] = ()
+    """Concepts of which an everyday idea is drawn first of all."""
+    favour: float = 0.0
+    """Chance that an everyday idea is one of them."""
+    pair: float = 0.14
+    """Share of "a cat and a dog", "a star above a house"."""
+    several: float = 0.07
+    """Share of "three apples"."""
+    triple: float = 0.03
+    """Share of "a cat, a dog and a tree"; what remains shows one drawing."""
+    recolour: float = 0.3
+    """Chance that a drawing of one colour is painted in another."""
+    white: float = 0.5
+    """Chance of a white background."""
+    mirror: float = 0.2
+    """Chance of mirroring a drawing that bears it."""
+    scale: tuple[float, float] = (0.78, 0.95)
+    """Side of a single drawing's canvas, in picture sides."""
+    offset: float = 0.03
+    """Its largest shift, in picture sides."""
+    style: float = 0.15
+    """Chance that the caption names the hand."""
 
     def __post_init__(self) -> None:
         for name in ("everyday", "favour", "pair", "several", "triple", "recolour", "white", "mirror", "style"):
