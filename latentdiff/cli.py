@@ -186,6 +186,118 @@ def generate(
 
 
 @app.command
+def edit(
+    *photos: Path,
+    to: str,
+    source: Annotated[str | None, Parameter(name="--from")] = None,
+    out: Annotated[str, Parameter(alias="-o")] = "./",
+    model: Annotated[str | None, Parameter(alias="-m")] = None,
+    method: Literal["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-prompt"] | None = None,
+    strength: float | None = None,
+    cross: float | None = None,
+    self_attention: float | None = None,
+    words: Literal["replace", "refine"] | None = None,
+    region: list[str] | None = None,
+    mask: Path | None = None,
+    blur: int | None = None,
+    padding: int | None = None,
+    expand: list[int] | None = None,
+    image_guidance: float | None = None,
+    negative: str | None = None,
+    guidance: float | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    size: str | None = None,
+    sheet: Path | None = None,
+    device: str | None = None,
+    dtype: DType | None = None,
+    quiet: Annotated[bool, Parameter(alias="-q")] = False,
+) -> None:
+    """Change pictures by words: with --from, what the words say changes and the rest stays; without, it is img2img or inpainting.
+
+    Parameters
+    ----------
+    photos
+        Pictures, of any size.
+    to
+        What they should show; or, for an instruct model, what to do.
+    source
+        What they show now.
+    out
+        File, or folder/ (files are called after words and seed).
+    model
+        A file, a folder or a hub id (owner/name). Without it, the embedded model.
+    method
+        With --from: how a picture's run is found and held to. prompt-to-prompt, unless given.
+    strength
+        From 0 (the picture stays) to 1.
+    cross
+        With --from: share of the steps in which words attend where the old words did; 0.8.
+    self_attention
+        With --from: share of the steps in which the layout is held; 0.4.
+    words
+        With --from: whether new words replace old ones, or refine the description.
+    region
+        With --from: words; nothing may change outside of their places.
+    mask
+        A picture, white where something may change; the rest stays to the last bit.
+    blur
+        Pixels, inside the mask, over which the change fades in.
+    padding
+        Without --from: work on the masked part alone, with so many pixels around.
+    expand
+        Without --from: pixels to add around the picture and to paint: one number, or left top right bottom.
+    image_guidance
+        Of instruct models: how strongly the picture leads.
+    negative
+        What not to draw.
+    guidance
+        How strongly the words lead.
+    steps
+        Network evaluations.
+    seed
+        From 0 to 2^64 - 1; without it, one is drawn and printed.
+    size
+        Side in pixels, or WIDTHxHEIGHT, at which the model works; the result has the picture's own.
+    sheet
+        Also write before, after and difference as one picture.
+    device
+        cpu, cuda, mps, …; without it, the best that there is.
+    dtype
+        Of the networks; without it float32 on a CPU, float16 elsewhere.
+    quiet
+        No progress bar.
+    """
+    both = {"strength": strength, "mask": mask, "blur": blur, "negative": negative, "guidance": guidance, "steps": steps}
+    both |= {"seed": seed, "size": None if size is None else sides(size)}
+    told = {"method": method, "cross": cross, "self_attention": self_attention, "words": words, "region": region}
+    plain = {"padding": padding, "image_guidance": image_guidance}
+    plain["expand"] = expand and (expand[0] if len(expand) == 1 else tuple(expand))
+    for name, value in (plain if source is not None else told).items():
+        if value is not None:
+            raise ValueError(f"{name} works {'without' if source is not None else 'only with'} --from, got {value!r}")
+    if not photos:
+        raise ValueError("photos must be at least one picture, got none")
+    check_out(out, False)
+    options = {name: value for name, value in (both | told | plain).items() if value is not None}
+
+    from latentdiff.editing import sheet as sheet_of
+    from latentdiff.images import open_picture, save_image
+    from latentdiff.loading import load
+
+    before = [open_picture(photo) for photo in photos]
+    pipe = load(model, device=device, dtype=dtype)
+    if source is None:
+        images = pipe(to, image=before, **options, progress=not quiet)
+    else:
+        images = pipe.edit(before, source=source, target=to, **options, progress=not quiet)
+    for path, image in zip(images.save(out), images, strict=True):
+        print(f"{path}  seed {recipe_of(image)['seed']}")
+    if sheet is not None:
+        save_image(sheet_of(before, images), sheet)
+
+
+@app.command
 def doctor() -> int:
     """Show versions, devices, the choices made from them, and what does not fit. Exit code 1 if something has to be done."""
     from latentdiff.doctor import examine

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from latentdiff import images, inversion, request
 from latentdiff import prompt_to_prompt as p2p
-from latentdiff.conditioning import Cond
+from latentdiff.conditioning import Cond, TextEncoder
 from latentdiff.diffusion.denoiser import Denoise, Denoiser
 from latentdiff.diffusion.samplers import Randn
 from latentdiff.diffusion.singlestep import ddim
@@ -106,6 +106,7 @@ class Plan:
             "weights": dict(self.weights) or None,
             "sampler": None,
             "eta": None,
+            "syntax": None,
         }
 
 
@@ -228,6 +229,7 @@ def edit(
             n=1,
             size=size if work is None else work.size,
             batch=None,
+            syntax="plain",
         )
         for k, work in enumerate(works)
     ]
@@ -274,9 +276,21 @@ def img2img(pipe: Pipeline, plan: Plan, work: Canvas, asked: Request) -> Image.I
     told = replace(asked, prompts=(plan.target,), negatives=asked.negatives[1:], seeds=asked.seeds[:1])
     told = begun(pipe, told, Given(strength=plan.strength, blur=work.blur), [work])
     extra = {k: v for k, v in plan.settings().items() if k in ("source", "method")}
-    told = replace(told, origin=replace(told.origin, settings=told.origin.settings | extra | {"sampler": None, "eta": None}))
+    told = replace(
+        told, origin=replace(told.origin, settings=told.origin.settings | extra | dict.fromkeys(("sampler", "eta", "syntax")))
+    )
     *_, last = pipe.run(told)
     return last.images()[0]
+
+
+def conditions(pipe: Pipeline, asked: Request) -> list[tuple[Cond, Cond]]:
+    """Conditions of each prompt, as it stands, and of its negative."""
+    from latentdiff.pipeline import sound
+
+    def encode(text: TextEncoder) -> list[tuple[Cond, Cond]]:
+        return [text.encode(*texts, size=asked.size) for texts in zip(asked.prompts, asked.negatives, strict=True)]
+
+    return sound("text encoder", pipe.text, encode, lambda pairs: all(cond.finite() for pair in pairs for cond in pair))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -293,7 +307,7 @@ def sound_run(pipe: Pipeline, plan: Plan, work: Canvas | None, asked: Request, p
     from latentdiff.pipeline import finite, sound
 
     with torch.no_grad():
-        conds = pipe.conditions(asked)
+        conds = conditions(pipe, asked)
         z = None if work is None else pipe.encode(images.to_tensor([work.picture()]))
         return sound(
             "U-Net", pipe.unet, lambda unet: run(pipe, unet, plan, work, asked, conds, z, progress), lambda r: finite(r.new)
@@ -419,7 +433,7 @@ def invert(
 @torch.no_grad()
 def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: float, progress: bool) -> Images:
     """`Pipeline.attention` for a request of one picture: it, and a heat map over it for each word."""
-    ((cond, uncond),) = pipe.conditions(asked)
+    ((cond, uncond),) = conditions(pipe, asked)
     found = p2p.words(pipe.text, asked.prompts[0], cond.tokens)
     spans = [found.span(word, "word") for word in words]
     x = pipe.noise(asked, randn := request.randn(asked.seeds))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cached_property, partial
+from itertools import islice
 from typing import Literal, Protocol
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from latentdiff.conditioning import TextEncoder
+from latentdiff.conditioning import TextEncoder, parts
 from latentdiff.diffusion.denoiser import Denoise
 from latentdiff.models.attention import Attend, Site, sdpa
 from latentdiff.request import shown
@@ -68,17 +69,11 @@ def bare(word: str) -> str:
 def words(text: TextEncoder, prompt: str, length: int) -> Words:
     """Where the words of a prompt lie in a context of `length` tokens, as `conditioning.chunks` lays them out."""
     tokenize, spec = text.tokenizers[0], text.towers[0].spec
-    room, offset = spec.length - 2, 0
-    found: list[tuple[str, Span]] = []
-    for section in text.parse(prompt):
-        count = 0
-        for word in (w for part, _ in section for w in part.split()):
-            n = len(tokenize(word))
-            at = range(count, count + n)
-            found.append((word, tuple((offset + k // room) * spec.length + 1 + k % room for k in at)))
-            count += n
-        offset += max(1, -(-count // room))
-    found = [(word, span) for word, span in found if span]
+    ids = [(word, tokenize(word)) for word in prompt.split()]
+    flat, comma = [(id, 1.0) for _, own in ids for id in own], next(iter(tokenize(",")), None)
+    sizes = [len(part) for part in parts(flat, spec.length - 2, comma)]
+    places = iter([chunk * spec.length + 1 + k for chunk, size in enumerate(sizes) for k in range(size)])
+    found = [(word, tuple(islice(places, len(own)))) for word, own in ids if own]
     return Words(prompt, tuple(word for word, _ in found), tuple(span for _, span in found), length)
 
 

@@ -21,7 +21,9 @@ def words(prompt: str, *counts: int, length: int = 12) -> p2p.Words:
 # ------------------------------------------------------------------------------------------------------------------- words
 
 
-@pytest.mark.parametrize("prompt", ["a cat on a mat", "A Cat, on: a mat!", "", "a " * 40, "cat-like (things) don't 3d"])
+@pytest.mark.parametrize(
+    "prompt", ["a cat on a mat", "A Cat, on: a mat!", "", "a " * 40, "cat-like (things) don't 3d", "a red cat, " * 9]
+)
 def test_words_lie_where_the_encoder_puts_their_tokens(tiny_pipe, prompt):
     text = tiny_pipe.text
     (chunks,) = text.chunks(prompt)

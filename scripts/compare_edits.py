@@ -1,0 +1,238 @@
+"""How well do the methods of editing do?  python scripts/compare_edits.py data/drawings --out comparison
+
+At least 100 edits of pictures that are composed of held-out drawings, so that it is known which part an edit is about. For each
+method and strength: the CLIP score of the new words (the edit was done) against PSNR and a distance of features (LPIPS-like: the
+autoencoder's encoder is the eye) outside the edited part (the rest was kept). Writes a table, the numbers, a plot and a sheet.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cyclopts import run
+from PIL import Image
+from tqdm import tqdm
+
+import latentdiff
+from latentdiff.evaluation.clip_score import ClipScorer
+from latentdiff.images import tile, to_pil, to_tensor
+from latentdiff.loading import embedded
+from latentdiff.training.drawings import BACKGROUNDS, Drawings
+
+KINDS = ("swap", "remove", "background")
+RUNS: dict[str, list[dict[str, Any]]] = {  # method -> the points of its curve
+    "img2img": [{"strength": s} for s in (0.3, 0.45, 0.6, 0.75, 0.9)],
+    "ddim": [{"strength": s} for s in (0.4, 0.6, 0.8, 1.0)],
+    "null-text": [{"strength": s} for s in (0.6, 1.0)],
+    "edit-friendly": [{"strength": s} for s in (0.4, 0.55, 0.7, 0.85)],
+    "prompt-to-prompt": [{"strength": s} for s in (0.55, 0.7, 0.85, 1.0)],
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A picture, its words, the new words, and where [h, w] it must stay as it is."""
+
+    kind: str
+    picture: Image.Image
+    source: str
+    target: str
+    kept: np.ndarray
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one setting, measured over all tasks."""
+
+    method: str
+    options: dict[str, Any]
+    clip: float
+    psnr: float
+    distance: float
+
+
+def main(
+    drawings: Path, *, model: str | None = None, out: Path = Path("comparison"), n: int = 102, steps: int = 50,
+    guidance: float | None = None, seed: int = 0, judge: Path | None = None,
+) -> None:  # fmt: skip
+    """Compare the methods.
+
+    Parameters
+    ----------
+    drawings
+        The data set of drawings (scripts/build_dataset.py).
+    model
+        The model that edits; without it, the embedded one.
+    out
+        Folder for comparison.json, comparison.md, comparison.png and sheet.png.
+    n
+        Number of edits.
+    judge
+        A model folder with the CLIP that scores; without it, the editing model's own.
+    """
+    pipe = latentdiff.load(model)
+    scorer = ClipScorer.from_folder(judge or (Path(model) if model else embedded()), pipe.device)
+    todo = tasks(Drawings(drawings), n, pipe.spec.size, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    points, shown = [nothing_done(pipe, scorer, todo)], {"before": [t.picture for t in todo]}
+    for method, options in [(m, o) for m, several in RUNS.items() for o in several]:
+        after = []
+        for t in tqdm(todo, desc=f"{method} {options}"):
+            settings = {"method": method, "steps": steps, "guidance": guidance, "seed": seed, "progress": False} | options
+            after += pipe.edit(t.picture, source=t.source, target=t.target, **settings)
+        points.append(measured(method, options, pipe, scorer, todo, after))
+        shown.setdefault(method, after)
+        (out / "comparison.json").write_text(json.dumps([asdict(p) for p in points], indent=1))
+    text = table(points)
+    (out / "comparison.md").write_text(text)
+    print(text)
+    plot(points, out / "comparison.png")
+    rows = [[name, *(pictures[k] for pictures in shown.values())] for k, name in enumerate(t.target for t in todo[:12])]
+    labels = [label for row in rows for label in (row[0], *list(shown)[1:])]
+    tile([picture for row in rows for picture in row[1:]], len(shown), labels).save(out / "sheet.png")
+
+
+# ------------------------------------------------------------------------------------------------------------------ tasks
+
+
+def tasks(drawings: Drawings, n: int, size: int, seed: int) -> list[Task]:
+    rng = np.random.default_rng(seed)
+    return [task(KINDS[k % len(KINDS)], drawings, size, rng) for k in range(n)]
+
+
+def task(kind: str, drawings: Drawings, size: int, rng: np.random.Generator) -> Task:
+    """swap, remove: two drawings side by side, the right one is edited. background: one drawing, all but it is edited."""
+    a, b = rng.choice(drawings.held_out, 2, replace=False)
+    first, second = phrase(drawings, a), phrase(drawings, b)
+    if kind == "background":
+        old, new = rng.choice(list(BACKGROUNDS), 2, replace=False)
+        picture, cover = composed(drawings, [(a, 0.5, 0.8)], BACKGROUNDS[old], size)
+        return Task(kind, picture, f"{first} on a {old} background", f"{first} on a {new} background", cover > 0.95)
+    picture, _ = composed(drawings, [(a, 0.26, 0.48), (b, 0.74, 0.48)], (255, 255, 255), size)
+    left = np.zeros((size, size), bool)
+    left[:, : size // 2] = True
+    other = drawings.words[rng.choice(drawings.everyday)]["phrases"][0]
+    return Task(kind, picture, f"{first} and {second}", first if kind == "remove" else f"{first} and {other}", left)
+
+
+def phrase(drawings: Drawings, index: int) -> str:
+    return drawings.words[drawings.records[index]["concept"]]["phrases"][0]
+
+
+def composed(
+    drawings: Drawings, parts: Sequence[tuple[int, float, float]], background: tuple[int, int, int], size: int
+) -> tuple[Image.Image, np.ndarray]:
+    """(picture, how much each pixel is covered): drawings at (middle, side), in picture sides, on one colour."""
+    canvas, cover = np.full((size, size, 3), background, float), np.zeros((size, size))
+    for index, x, side in parts:
+        k = round(side * size)
+        pixels = torch.from_numpy(np.array(drawings.pixels[index])).permute(2, 0, 1)[None].float()
+        small = F.interpolate(pixels, (k, k), mode="area")[0].permute(1, 2, 0).numpy()  # premultiplied by alpha
+        left, top = round(x * size - k / 2), round(size / 2 - k / 2)
+        place = (slice(top, top + k), slice(left, left + k))
+        alpha = small[..., 3] / 255
+        canvas[place] = small[..., :3] + canvas[place] * (1 - alpha[..., None])
+        cover[place] = np.maximum(cover[place], alpha)
+    return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8)), cover
+
+
+# ---------------------------------------------------------------------------------------------------------------- measuring
+
+
+def nothing_done(pipe: latentdiff.Pipeline, scorer: ClipScorer, todo: Sequence[Task]) -> Point:
+    """Encoded and decoded only: all is kept that can be, and nothing is done."""
+    return measured("nothing", {}, pipe, scorer, todo, [through_vae(pipe, t.picture) for t in todo])
+
+
+def through_vae(pipe: latentdiff.Pipeline, picture: Image.Image) -> Image.Image:
+    decoded = pipe.decode(pipe.encode(to_tensor([picture])))
+    return to_pil(decoded)[0]
+
+
+def measured(
+    method: str, options: dict[str, Any], pipe: latentdiff.Pipeline, scorer: ClipScorer, todo: Sequence[Task],
+    after: Sequence[Image.Image],
+) -> Point:  # fmt: skip
+    clip = scorer.score(after, [t.target for t in todo]).mean().item()
+    errors = [psnr_where(t.picture, image, t.kept) for t, image in zip(todo, after, strict=True)]
+    far = [distance_where(pipe, t.picture, image, t.kept) for t, image in zip(todo, after, strict=True)]
+    return Point(method, options, clip, float(np.mean(errors)), float(np.mean(far)))
+
+
+def psnr_where(a: Image.Image, b: Image.Image, where: np.ndarray) -> float:
+    off = (np.asarray(a, float) - np.asarray(b, float))[where]
+    return 10 * math.log10(255**2 / max(float(np.mean(off**2)), 1e-3)) if off.size else math.nan
+
+
+@torch.no_grad()
+def distance_where(pipe: latentdiff.Pipeline, a: Image.Image, b: Image.Image, where: np.ndarray) -> float:
+    """Mean over the encoder's levels of the squared distance of unit feature vectors, in the places that `where` covers."""
+    found = [features(pipe, image) for image in (a, b)]
+    mask, total = torch.from_numpy(where)[None, None].float(), 0.0
+    for x, y in zip(*found, strict=True):
+        weight = F.interpolate(mask, x.shape[-2:], mode="area").to(x.device)
+        total += (((F.normalize(x) - F.normalize(y)).square().sum(1, keepdim=True) * weight).sum() / weight.sum()).item()
+    return total / len(found[0])
+
+
+def features(pipe: latentdiff.Pipeline, image: Image.Image) -> list[torch.Tensor]:
+    kept: list[torch.Tensor] = []
+    blocks = getattr(pipe.vae.encoder, "down_blocks", None)
+    if blocks is None:
+        raise ValueError("model must have a KL autoencoder, whose encoder compares the pictures")
+    hooks = [block.register_forward_hook(lambda _m, _i, output: kept.append(output.float())) for block in blocks]
+    pipe.encode(to_tensor([image]))
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------- reporting
+
+
+def above(point: Point, curve: Sequence[Point]) -> float | None:
+    """dB of kept picture that a point has over a curve at its own CLIP score; None beyond the curve's ends."""
+    pairs = sorted((p.clip, p.psnr) for p in curve)
+    clips, kept = [clip for clip, _ in pairs], [psnr for _, psnr in pairs]
+    return point.psnr - float(np.interp(point.clip, clips, kept)) if clips[0] <= point.clip <= clips[-1] else None
+
+
+def table(points: Sequence[Point]) -> str:
+    curve = [p for p in points if p.method == "img2img"]
+    rows = [
+        "| method | setting | CLIP score | PSNR outside, dB | distance | over img2img, dB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for p in points:
+        setting = ", ".join(f"{k} {v}" for k, v in p.options.items())
+        more = above(p, curve) if p.method not in ("img2img", "nothing") else None
+        over = "" if more is None else f"{more:+.2f}"
+        rows.append(f"| {p.method} | {setting} | {p.clip:.2f} | {p.psnr:.2f} | {p.distance:.4f} | {over} |")
+    return "\n".join(rows) + "\n"
+
+
+def plot(points: Sequence[Point], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, name, label in zip(
+        figure.subplots(1, 2), ("psnr", "distance"), ("PSNR outside the edit, dB", "feature distance outside the edit"), strict=True
+    ):
+        for method in dict.fromkeys(p.method for p in points):
+            own = [p for p in points if p.method == method]
+            axes.plot([p.clip for p in own], [getattr(p, name) for p in own], "o-", label=method)
+        axes.set_xlabel("CLIP score of the new words")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,171 @@
+"""The ways to edit from a shell: the command, the script, and the comparison of methods."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from latentdiff import cli
+from latentdiff import images as I
+from latentdiff.evaluation.clip_score import ClipScorer
+from latentdiff.training.drawings import BACKGROUNDS, Drawings
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def photo(width=40, height=32) -> Image.Image:
+    small = np.random.default_rng(0).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with a picture and a mask."""
+    monkeypatch.chdir(tmp_path)
+    photo().save("photo.png")
+    mask = Image.new("L", (40, 32), 0)
+    ImageDraw.Draw(mask).rectangle((4, 4, 19, 19), fill=255)
+    mask.save("mask.png")
+    return tmp_path
+
+
+def run(*tokens) -> int:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["edit", *map(str, tokens)])
+    return exit.value.code
+
+
+def equal(path, image: Image.Image) -> bool:
+    return np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
+
+
+# ------------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_edits_by_words(folder, tiny_folder, tiny_pipe, capsys):
+    common = ("-m", tiny_folder, "--device", "cpu", "--steps", 3, "--seed", 5, "-q")
+    asked = ("photo.png", "--from", "a cat", "--to", "a red dog", "--region", "cat", "dog", "--cross", 0.5, "--self-attention", 0.2)
+    assert run(*asked, "--words", "refine", "--sheet", "sheet.png", "-o", "out.png", *common) == 0
+    assert capsys.readouterr().out == "out.png  seed 5\n"
+    wanted = tiny_pipe.edit(
+        photo(), source="a cat", target="a red dog", region=["cat", "dog"], cross=0.5, self_attention=0.2, words="refine", steps=3,
+        seed=5, progress=False,
+    )  # fmt: skip
+    assert equal("out.png", wanted[0])
+    assert equal("sheet.png", wanted.sheet())
+
+
+def test_without_from_the_command_inpaints(folder, tiny_folder, tiny_pipe):
+    common = ("-m", tiny_folder, "--device", "cpu", "--steps", 3, "--seed", 5, "-q", "-o", "out.png")
+    assert run("photo.png", "--to", "a dog", "--mask", "mask.png", "--padding", 4, "--blur", 2, *common) == 0
+    mask = Image.open("mask.png")
+    assert equal("out.png", tiny_pipe("a dog", image=photo(), mask=mask, padding=4, blur=2, steps=3, seed=5, progress=False)[0])
+    assert run("photo.png", "--to", "a dog", "--expand", 1, 2, 3, 4, *common) == 0
+    assert Image.open("out.png").size == (44, 38)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (("photo.png", "--to", "a dog", "--region", "dog"), ["region", "--from"]),
+        (("photo.png", "--from", "a cat", "--to", "a dog", "--padding", 3), ["padding", "--from"]),
+        (("--to", "a dog"), ["photos"]),
+        (("none.png", "--to", "a dog"), ["none.png"]),
+        (("photo.png", "--to", "a dog", "--strength", 2), ["strength", "from 0 to 1"]),
+        (("photo.png", "--from", "a cat", "--to", "a dog", "--region", "cow"), ["region", "cow"]),
+        (("photo.png", "--to", "a dog", "-o", "a.txt"), [".png"]),
+    ],
+)
+def test_what_is_wrong_is_one_line(folder, tiny_folder, capsys, tokens, words):
+    assert run(*tokens, "-m", tiny_folder, "--device", "cpu", "-q") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+# -------------------------------------------------------------------------------------------------------------- the scripts
+
+
+def test_the_script_writes_the_edit_and_its_sheet(folder, tiny_folder, capsys):
+    script("edit_image").main(Path("photo.png"), source="a cat", target="a dog", model=str(tiny_folder), out=Path("new.png"))
+    recipe = I.read_recipe("new.png")
+    assert {k: recipe[k] for k in ("source", "target", "method", "seed")} == {
+        "source": "a cat", "target": "a dog", "method": "prompt-to-prompt", "seed": 0,
+    }  # fmt: skip
+    assert Image.open("new-sheet.png").width == 120
+    assert "rebuilt with" in capsys.readouterr().out
+
+
+@pytest.fixture
+def compare(drawings_folder, monkeypatch):
+    """The script, with more of the tiny data set held out and a judge that likes bright pictures."""
+    module = script("compare_edits")
+
+    def images(batch):
+        return torch.tensor([[np.asarray(image).mean(), 50.0] for image in batch])
+
+    judge = ClipScorer("fake", lambda texts: torch.ones(len(texts), 2), images)
+    monkeypatch.setattr(module, "Drawings", lambda path: Drawings(path, held_out=0.6))
+    monkeypatch.setattr(module.ClipScorer, "from_folder", lambda *_: judge)
+    return module
+
+
+def test_tasks_say_what_must_stay(compare, drawings_folder):
+    todo = compare.tasks(compare.Drawings(drawings_folder), 6, 32, 1)
+    assert [t.kind for t in todo] == ["swap", "remove", "background"] * 2
+    for t in todo:
+        assert t.source != t.target
+        assert 0 < t.kept.sum() < 32 * 32
+    swap, remove, background = todo[:3]
+    assert remove.source.startswith(f"{remove.target} and ")
+    assert swap.source.split(" and ")[0] == swap.target.split(" and ")[0]
+    assert swap.kept[:, :16].all()
+    corner = background.picture.getpixel((0, 0))
+    assert corner == BACKGROUNDS[background.source.partition(" on a ")[2].removesuffix(" background")]
+    assert not background.kept[0, 0]
+    assert background.kept[16, 16]
+
+
+def test_what_changes_inside_the_edit_does_not_count(compare, tiny_pipe):
+    where = np.zeros((32, 32), bool)
+    where[:, :16] = True
+    a, inside, outside = (photo(32, 32) for _ in range(3))
+    inside.paste((255, 0, 0), (24, 8, 32, 24))
+    outside.paste((255, 0, 0), (0, 8, 8, 24))
+    assert compare.psnr_where(a, inside, where) > 70 > 20 > compare.psnr_where(a, outside, where)
+    assert compare.distance_where(tiny_pipe, a, a, where) == 0
+    assert compare.distance_where(tiny_pipe, a, inside, where) < 0.5 * compare.distance_where(tiny_pipe, a, outside, where)
+
+
+def test_a_point_is_compared_with_the_curve_at_its_own_score(compare):
+    curve = [compare.Point("img2img", {}, clip, psnr, 0.0) for clip, psnr in ((20.0, 30.0), (24.0, 20.0))]
+    assert compare.above(compare.Point("ddim", {}, 22.0, 28.0, 0.0), curve) == pytest.approx(3.0)
+    assert compare.above(compare.Point("ddim", {}, 25.0, 28.0, 0.0), curve) is None
+
+
+def test_the_comparison_writes_table_numbers_plot_and_sheet(compare, drawings_folder, tiny_folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    runs = {"img2img": [{"strength": 0.3}, {"strength": 0.9}], "edit-friendly": [{"strength": 0.5}]}
+    monkeypatch.setattr(compare, "RUNS", runs)
+    compare.main(drawings_folder, model=str(tiny_folder), out=tmp_path / "c", n=3, steps=2)
+    points = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert [p["method"] for p in points] == ["nothing", "img2img", "img2img", "edit-friendly"]
+    assert all(np.isfinite([p["clip"], p["psnr"], p["distance"]]).all() for p in points)
+    assert (tmp_path / "c" / "comparison.md").read_text().count("\n") == 6
+    assert Image.open(tmp_path / "c" / "comparison.png").width > 800
+    assert Image.open(tmp_path / "c" / "sheet.png").width == 3 * 32
