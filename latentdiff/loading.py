@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from latentdiff.checkpoints.families import Prediction
-from latentdiff.checkpoints.io import load_parts
+from latentdiff.checkpoints.io import Parts, load_parts
 from latentdiff.conditioning import TextEncoder
 from latentdiff.pipeline import Pipeline
 
@@ -46,14 +47,20 @@ def load(
         vae=vae,
         ema=ema,
     )
-    upcast = kind == torch.float16 and getattr(parts.spec.vae, "force_upcast", False)  # SDXL's overflows in float16 alone
-    unet = parts.unet.to(place, kind)
+    return ready(parts if path else replace(parts, title="embedded"), place, kind, compile=compile)
+
+
+def ready(parts: Parts, device: torch.device, dtype: torch.dtype, *, compile: bool = False) -> Pipeline:
+    """The parts on a device, in a dtype, laid out as convolutions are fastest there: channels last."""
+    upcast = dtype == torch.float16 and getattr(parts.spec.vae, "force_upcast", False)  # SDXL's overflows in float16 alone
+    unet = parts.unet.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = parts.vae.to(device, torch.float32 if upcast else dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Pipeline(
         unet=unet,
-        vae=parts.vae.to(place, torch.float32 if upcast else kind),
-        text=TextEncoder(tuple(t.to(place, kind) for t in parts.text_encoders), parts.tokenizers, parts.spec),
+        vae=vae,
+        text=TextEncoder(tuple(t.to(device, dtype) for t in parts.text_encoders), parts.tokenizers, parts.spec),
         spec=parts.spec,
-        title="embedded" if path is None else parts.title,
+        title=parts.title,
         network=torch.compile(unet) if compile else None,  # type: ignore[arg-type]
     )
 

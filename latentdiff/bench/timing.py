@@ -1,0 +1,86 @@
+"""Time in turns, and what may be said of it.
+
+Contestants run A B C, B C A, C A B, …, so that a clock that drifts or a machine that is shared meets all of them alike; a claim
+rests on the ratios within the rounds, and on their bootstrap interval (Efron 1979).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Verdict = Literal["faster", "slower", "no difference shown"]
+LEAST = 5  # rounds on which a claim may rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of one contestant, a round each; `first` is the run before, which warms up (and compiles) and is not counted."""
+
+    first: float
+    seconds: tuple[float, ...]
+
+    def percentile(self, share: float) -> float:
+        """Seconds that this share of the rounds does not exceed (linear between neighbours)."""
+        return torch.tensor(self.seconds, dtype=torch.float64).quantile(share / 100).item()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it: GPU work is asynchronous."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def clocked(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run, with all that it started on the device."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float, most: int = 200
+) -> dict[str, Times]:
+    """Run all in turns for about so many seconds, at least `LEAST` rounds."""
+    names = list(runs)
+    first = {name: clocked(runs[name], device) for name in names}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    start, done = time.perf_counter(), 0
+    while done < LEAST or (done < most and time.perf_counter() - start < seconds):
+        turn = done % len(names)
+        for name in names[turn:] + names[:turn]:
+            taken[name].append(clocked(runs[name], device))
+        done += 1
+    return {name: Times(first=first[name], seconds=tuple(taken[name])) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How many times as long another takes: the geometric mean of the ratios within the rounds, and its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """A claim only where the interval leaves 1 out, over enough rounds."""
+        if self.rounds < LEAST or self.low <= 1 <= self.high:
+            return "no difference shown"
+        return "faster" if self.low > 1 else "slower"
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float], draws: int = 10_000) -> Comparison:
+    """The paired ratio theirs / ours: above 1, ours is faster."""
+    logs = torch.tensor([math.log(b / a) for a, b in zip(ours, theirs, strict=True)], dtype=torch.float64)
+    picks = torch.randint(len(logs), (draws, len(logs)), generator=torch.Generator().manual_seed(0))
+    ends = logs[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).exp()
+    return Comparison(ratio=logs.mean().exp().item(), low=ends[0].item(), high=ends[1].item(), rounds=len(logs))
