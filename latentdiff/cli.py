@@ -77,8 +77,9 @@ def generate(
     recipe: Path | None = None,
     model: Annotated[str | None, Parameter(alias="-m")] = None,
     negative: str | None = None,
-    guidance: float | None = None,
+    guidance: str | None = None,
     rescale: float | None = None,
+    syntax: str | None = None,
     steps: int | None = None,
     sampler: str | None = None,
     spacing: str | None = None,
@@ -116,9 +117,11 @@ def generate(
     negative
         What not to draw.
     guidance
-        How strongly the prompt leads; 1 is the prompt alone. 7.5 for most models.
+        How strongly the prompt leads; 1 is the prompt alone. 7.5 for most models. Or rules: "cfg(7.5) + pag(2)".
     rescale
         From 0 to 1: correct the overexposure that strong guidance brings.
+    syntax
+        What (brackets) and [brackets] in prompts mean: a1111 (the default), a1111-no-norm, comfyui or plain.
     steps
         Network evaluations, 30 for most models.
     sampler
@@ -159,6 +162,7 @@ def generate(
         "negative": negative,
         "guidance": guidance,
         "rescale": rescale,
+        "syntax": syntax,
         "steps": steps,
         "sampler": sampler,
         "spacing": spacing,
@@ -295,6 +299,69 @@ def edit(
         print(f"{path}  seed {recipe_of(image)['seed']}")
     if sheet is not None:
         save_image(sheet_of(before, images), sheet)
+
+
+@app.command
+def samplers(*, plot: Path | None = None) -> None:
+    """List the samplers: order, network evaluations a step, stochastic or not, and what each is.
+
+    Parameters
+    ----------
+    plot
+        Also draw each solver's error against its evaluations, on a distribution with a known answer, to this file.
+    """
+    from latentdiff.diffusion.samplers import rows
+
+    for name, order, evaluations, kind, about in [("name", "order", "evals", "kind", "what it is"), *rows()]:
+        print(f"{name:<19} {order:<5} {evaluations!s:<5} {kind:<13} {about}")
+    if plot is not None:
+        from latentdiff.compare import plot_convergence
+
+        plot_convergence(plot)
+        print(plot)
+
+
+@app.command
+def compare(
+    prompt: str,
+    *,
+    out: Annotated[Path, Parameter(alias="-o")] = Path("samplers.png"),
+    samplers: tuple[str, ...] = ("ddim", "euler a", "heun", "dpm++ 2m", "dpm++ 2m sde", "unipc", "deis"),
+    steps: tuple[int, ...] = (4, 6, 10, 20, 30),
+    model: Annotated[str | None, Parameter(alias="-m")] = None,
+    guidance: str | None = None,
+    spacing: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: DType | None = None,
+) -> None:
+    """Draw one prompt with several samplers, a row each, at several numbers of steps, a column each.
+
+    Parameters
+    ----------
+    prompt
+        What to draw.
+    out
+        File for the grid of pictures.
+    samplers
+        Their names, as `latentdiff samplers` lists them or with a spacing: "DPM++ 2M Karras".
+    steps
+        Numbers of steps.
+    model, guidance, spacing, seed, device, dtype
+        As in `latentdiff generate`.
+    """
+    from latentdiff.compare import sampler_grid
+    from latentdiff.images import check_suffix, save_image
+    from latentdiff.loading import load
+
+    check_suffix(out)
+    options = {"guidance": guidance, "spacing": spacing, "seed": seed}
+    pipe = load(model, device=device, dtype=dtype)
+    save_image(sampler_grid(pipe, prompt, samplers, steps, **{k: v for k, v in options.items() if v is not None}), out)
+    print(out)
+
+
+app.command("latentdiff.bench.run:bench", name="bench", help="Measure speed, against diffusers and against the machine's limits.")
 
 
 @app.command

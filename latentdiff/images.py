@@ -215,6 +215,7 @@ KEYS = {  # name in the text -> keyword of `pipe(...)`
     "Eta": "eta",
     "CFG scale": "guidance",
     "CFG rescale": "rescale",
+    "Syntax": "syntax",
     "Seed": "seed",
     "Size": "size",
 }

@@ -186,12 +186,16 @@ class Origin:
             return denoise
         return lambda x, sigma: torch.where(repaint > 0, denoise(x, sigma), self.z)
 
-    def guided(self, denoiser: Denoiser, cond: Cond, uncond: Cond, asked: Request, rows: slice) -> Denoise:
+    def guided(
+        self, denoiser: Denoiser, cond: Cond | list[tuple[Cond, Tensor]], uncond: Cond, asked: Request, rows: slice
+    ) -> Denoise:
         """`guidance.guided`, with what the network sees beside the latents."""
         if self.beside is None:
             return guided(denoiser, cond, uncond, asked.rule)
         beside = self.beside[rows]
         if self.image_guidance is not None:
+            if isinstance(cond, list):
+                raise ValueError("prompt must be a single one for a model that follows instructions, got several joined by AND")
             return instructed(denoiser, cond, uncond, beside, asked.scale, self.image_guidance)
         return guided(replace(denoiser, network=with_channels(denoiser.network, beside)), cond, uncond, asked.rule)
 
@@ -231,6 +235,7 @@ def instructed(
 ) -> Denoise:
     """Guidance by text and by picture (Brooks et al., arXiv 2211.09800, eq. 3), on x0; the three estimates run as one batch."""
     three = uncond.join(uncond).join(cond)
+    three = denoiser.prepare(three) if denoiser.prepare else three
     beside = torch.cat([torch.zeros_like(picture), picture, picture])
     denoiser = replace(denoiser, network=with_channels(denoiser.network, beside))
 

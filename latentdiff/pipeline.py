@@ -15,10 +15,11 @@ from torch import Tensor
 
 from latentdiff import __version__, images, request
 from latentdiff.checkpoints.families import ModelSpec, ScheduleSpec
-from latentdiff.conditioning import Cond, TextEncoder
+from latentdiff.conditioning import Cond, Stage, TextEncoder
 from latentdiff.diffusion import schedules
 from latentdiff.diffusion.denoiser import Denoise, Denoiser, Network
-from latentdiff.diffusion.guidance import guided
+from latentdiff.diffusion.guidance import guided, scheduled
+from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Randn, Step
 from latentdiff.images import Images, Picture
 from latentdiff.models.unet import UNet
@@ -101,8 +102,9 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         negative: str | Sequence[str] | None = None,
-        guidance: float | None = None,
+        guidance: float | str | Rule | None = None,
         rescale: float = 0.0,
+        syntax: str = request.SYNTAX,
         steps: int | None = None,
         sampler: str | Callable[..., Iterator[Step]] | None = None,
         spacing: str | Sequence[float] | None = None,
@@ -124,8 +126,10 @@ class Pipeline:
         """Pictures from text. Picture k is the one that `seed + k` alone gives, on a CPU to the last bit.
 
         prompt: a text, or several: `n` pictures of each. Any length; nothing is cut. negative: one text, or one a prompt.
-        guidance: how strongly the prompt leads (Ho & Salimans, arXiv 2207.12598); 1 runs the prompt alone, at half the cost.
+        guidance: how strongly the prompt leads (Ho & Salimans, arXiv 2207.12598); 1 runs the prompt alone, at half the cost. Or a
+        sum of rules of `diffusion.rules`, also as text: "interval(cfg(7.5), 0.3, 5) + pag(2)".
         rescale: share, 0 to 1, of Lin et al.'s correction of overexposure (arXiv 2305.08891, eq. 16).
+        syntax: what signs in the texts mean, a name in `prompts.SYNTAXES`: (weights:1.3), [changes:along:0.5], AND, BREAK.
         steps: 1 to the schedule's 1000. sampler: a name in SAMPLERS, or a function like those. eta: 0 to 1, noise of samplers that
         take it. spacing: a name in SPACINGS, or the steps + 1 noise levels themselves.
         seed: 0 to 2^64 − 1; None and −1 draw one, which the recipe reports. size: a side, or (width, height), in pixels.
@@ -158,6 +162,7 @@ class Pipeline:
             negative=negative,
             guidance=guidance,
             rescale=rescale,
+            syntax=syntax,
             steps=steps,
             sampler=sampler,
             spacing=spacing,
@@ -176,8 +181,9 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         negative: str | Sequence[str] | None = None,
-        guidance: float | None = None,
+        guidance: float | str | Rule | None = None,
         rescale: float = 0.0,
+        syntax: str = request.SYNTAX,
         steps: int | None = None,
         sampler: str | Callable[..., Iterator[Step]] | None = None,
         spacing: str | Sequence[float] | None = None,
@@ -218,6 +224,7 @@ class Pipeline:
             negative=negative,
             guidance=guidance,
             rescale=rescale,
+            syntax=syntax,
             steps=steps,
             sampler=sampler,
             spacing=spacing,
@@ -335,21 +342,22 @@ class Pipeline:
             n=1,
             size=size,
             batch=None,
+            syntax="plain",
         )
         return editing.attention(self, asked, request.texts("word", word), scale, progress)
 
     @torch.no_grad()
     def run(self, asked: Request, start: Callable[[Randn], Tensor] | None = None) -> Iterator[Progress]:
         """Walk the request's grid from `start(randn)`, a state at its first level; by default from `begin`."""
-        conds = self.conditions(asked)
-        last = yield from self._walk(self.unet, conds, asked, start)
+        told = self.stages(asked)
+        last = yield from self._walk(self.unet, told, asked, start)
         if not finite(last.x):
-            last = yield from self._walk(in_float32("U-Net", self.unet), conds, asked, start)
+            last = yield from self._walk(in_float32("U-Net", self.unet), told, asked, start)
         if not finite(last.x):
             raise NonFiniteError("U-Net")
 
     def _walk(
-        self, unet: UNet, conds: list[tuple[Cond, Cond]], asked: Request, start: Callable[[Randn], Tensor] | None
+        self, unet: UNet, told: list[list[Stage]], asked: Request, start: Callable[[Randn], Tensor] | None
     ) -> Generator[Progress, None, Step]:
         """All steps with this U-Net; returns the last."""
         randn, step = request.randn(asked.seeds), None
@@ -358,7 +366,7 @@ class Pipeline:
             step = Step(-1, asked.sigmas[0], x, x)
             yield Progress(-1, 0, step.sigma, x, x, self, asked)
             return step
-        for step in asked.sample(self.denoise(unet, conds, asked), x, randn):
+        for step in asked.sample(self.denoise(unet, told, asked), x, randn):
             yield Progress(step.i, len(asked.sigmas) - 1, step.sigma, step.x, step.x0, self, asked)
         if step is None:
             raise ValueError(f"sampler must yield at least one Step, got none from {asked.sampler}")
@@ -376,42 +384,49 @@ class Pipeline:
         x = torch.empty(len(asked), self.spec.vae.latent_channels, height, width, device=self.device)
         return randn(x) * (1 + asked.sigmas[0] ** 2).sqrt()
 
-    def conditions(self, asked: Request) -> list[tuple[Cond, Cond]]:
-        """Conditions of the prompt and of the negative for every picture; each pair of texts is encoded once, by itself."""
-        known: dict[tuple[str, str], tuple[Cond, Cond]] = {}
-        for prompt, negative in zip(asked.prompts, asked.negatives, strict=True):
-            if (prompt, negative) not in known:
-                known[prompt, negative] = sound(
-                    "text encoder",
-                    self.text,
-                    lambda text, prompt=prompt, negative=negative: text.encode(prompt, negative, size=asked.size),
-                    lambda pair: all(cond.finite() for cond in pair),
-                )
+    def stages(self, asked: Request) -> list[list[Stage]]:
+        """What conditions every picture, stage by stage; each pair of prompt and negative is encoded once, by itself."""
+        known: dict[tuple[str, str], list[Stage]] = {}
+        options = {"syntax": asked.syntax, "steps": len(asked.sigmas) - 1, "size": asked.size}
+        for prompt, negative in dict.fromkeys(zip(asked.prompts, asked.negatives, strict=True)):
+            known[prompt, negative] = sound(
+                "text encoder",
+                self.text,
+                lambda text, prompt=prompt, negative=negative: text.stages(prompt, negative, **options),
+                lambda stages: all(stage.finite() for stage in stages),
+            )
         return [known[pair] for pair in zip(asked.prompts, asked.negatives, strict=True)]
 
-    def denoise(self, unet: UNet, conds: list[tuple[Cond, Cond]], asked: Request) -> Denoise:
+    def denoise(self, unet: UNet, told: list[list[Stage]], asked: Request) -> Denoise:
         """(x, sigma) -> x0 for the whole batch, in groups that go through the network together.
 
         On a CPU each picture is a group: products of other shapes round otherwise, and a picture would depend on its neighbours.
         """
         network = self.network if self.network is not None and unet is self.unet else unet
         dtype = next(unet.parameters()).dtype
-        denoiser = Denoiser(network, self.schedule, self.spec.prediction, dtype)
-        groups = grouped(conds, asked.batch or (1 if self.device.type == "cpu" else BATCH))
+        denoiser = Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet))
+        groups = grouped(told, asked.batch or (1 if self.device.type == "cpu" else BATCH))
         denoises, done = [], 0
         for group in groups:
-            cond, uncond = (joined(half).to(dtype=dtype).project(unet) for half in zip(*group, strict=True))
-            rows = slice(done, done := done + len(group))
-            if asked.origin:
-                denoises.append(asked.origin.guided(denoiser, cond, uncond, asked, rows))
-            else:
-                denoises.append(guided(denoiser, cond, uncond, asked.rule))
+            denoises.append(self._denoise_group(denoiser, group, asked, slice(done, done := done + len(group))))
         sizes = [len(group) for group in groups]
 
         def denoise(x: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:
             return torch.cat([d(part, sigma) for d, part in zip(denoises, x.split(sizes), strict=True)])
 
         return asked.origin.around(denoise) if asked.origin else denoise
+
+    def _denoise_group(self, denoiser: Denoiser, group: list[list[Stage]], asked: Request, rows: slice) -> Denoise:
+        """The pictures `rows` of the request, with what each is told at the time."""
+        made: list[tuple[int, Denoise]] = []
+        for end in sorted({stage.until for stages in group for stage in stages}):
+            now = [next(stage for stage in stages if end <= stage.until) for stages in group]
+            cond, uncond = together(now), joined([stage.negative for stage in now])
+            if asked.origin:
+                made.append((end, asked.origin.guided(denoiser, cond, uncond, asked, rows)))
+            else:
+                made.append((end, guided(denoiser, cond, uncond, asked.rule)))
+        return made[0][1] if len(made) == 1 else scheduled(asked.sigmas, made)
 
     @torch.no_grad()
     def pictures(self, z: Float[Tensor, "b c h w"], asked: Request) -> Images:
@@ -459,15 +474,27 @@ def finished(run: Iterator[Progress], steps: int, progress: bool) -> Images:
     return last.images()
 
 
-def grouped(items: Sequence[tuple[Cond, Cond]], most: int) -> list[list[tuple[Cond, Cond]]]:
+def grouped(items: Sequence[list[Stage]], most: int) -> list[list[list[Stage]]]:
     """Neighbours of one length in groups of at most `most`: contexts of different lengths do not fit in one tensor."""
-    groups: list[list[tuple[Cond, Cond]]] = []
+    groups: list[list[list[Stage]]] = []
     for item in items:
-        if groups and len(groups[-1]) < most and groups[-1][-1][0].tokens == item[0].tokens:
+        if groups and len(groups[-1]) < most and groups[-1][-1][0].negative.tokens == item[0].negative.tokens:
             groups[-1].append(item)
         else:
             groups.append([item])
     return groups
+
+
+def together(stages: Sequence[Stage]) -> Cond | list[tuple[Cond, Tensor]]:
+    """The prompts of several pictures as one batch; where a picture has several, as parts with a weight for each picture.
+
+    A picture with fewer parts than another repeats its first at weight 0.
+    """
+    n = max(len(stage.parts) for stage in stages)
+    slots = [[(stage.parts[k] if k < len(stage.parts) else (stage.parts[0][0], 0.0)) for stage in stages] for k in range(n)]
+    if n == 1 and all(weight == 1 for _, weight in slots[0]):
+        return joined([cond for cond, _ in slots[0]])
+    return [(joined([cond for cond, _ in slot]), torch.tensor([weight for _, weight in slot])) for slot in slots]
 
 
 def joined(conds: Sequence[Cond]) -> Cond:

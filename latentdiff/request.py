@@ -195,12 +195,12 @@ def checked_guidance(guidance: Any) -> float | Rule:
     """A number, or a rule: a sum of those of `diffusion.rules`, itself or as text."""
     if isinstance(guidance, Rule):
         return guidance
-    if not isinstance(guidance, str):
-        return number("guidance", guidance)
-    try:
-        return number("guidance", float(guidance))
-    except ValueError:
-        return rule(guidance)
+    if isinstance(guidance, str):
+        try:
+            guidance = float(guidance)
+        except ValueError:
+            return rule(guidance)
+    return number("guidance", guidance)
 
 
 def checked_syntax(syntax: Any) -> str:
