@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from latentdiff import __version__
 from latentdiff.checkpoints.files import write_json, write_text
-from latentdiff.diffusion.samplers import FACTS, resolve
+from latentdiff.diffusion.samplers import FACTS, SAMPLERS, resolve
 from latentdiff.evaluation.clip_score import ClipScorer, clip_score, ranks, top
 from latentdiff.evaluation.fid import frechet_distance, kernel_distance
 from latentdiff.images import parse_parameters, save_image, tile, to_pil, to_tensor
@@ -75,7 +75,7 @@ class Evaluation:
     batch: int | None = None
     """Pictures in one network call."""
     samplers: tuple[str, ...] = ()
-    """Samplers to compare, each at each of `sampler_steps`."""
+    """Samplers to compare, each at each of `sampler_steps`; "all" for all."""
     sampler_steps: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
     """Step counts at which samplers are compared."""
     sampler_pictures: int = 100
@@ -97,8 +97,12 @@ class Evaluation:
             raise FileNotFoundError(f"data: {self.data} does not exist")
         if self.judge is not None and not all(self.judge.partition("=")):
             raise ValueError(f"judge must be NAME=FILE, as in ViT-B-32=weights.safetensors, got {self.judge!r}")
-        for name in self.samplers:
+        for name in self.compared:
             resolve(name)
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        return tuple(SAMPLERS) if self.samplers == ("all",) else self.samplers
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +155,11 @@ def evaluate(config: Evaluation) -> Report:
     write_text(config.out / "evaluation.md", report.markdown())
     save_image(tile(drawn[:SHOWN], columns=8, labels=exam.prompts[:SHOWN]), config.out / "pictures.png")
     return report
+
+
+def show(config: Evaluation) -> None:
+    """`latentdiff evaluate`: measure, write, and print the tables."""
+    print(evaluate(config).markdown(), end="")
 
 
 def settings(pipe: Pipeline, judge: ClipScorer, exam: Exam, drawn: Image.Image) -> dict[str, Any]:
@@ -281,7 +290,7 @@ def compare_samplers(pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Eval
     """FID, KID, CLIP score and time of each sampler at each number of steps, on the first held-out pictures' words."""
     rows, captions = [], exam.captions[: config.sampler_pictures]
     real, texts = judge.images(exam.held_out), judge.texts(captions)
-    for name in config.samplers:
+    for name in config.compared:
         for steps in config.sampler_steps:
             drawn, seconds = generate(pipe, captions, config, f"{name}, {steps} steps", sampler=name, steps=steps)
             features = judge.images(drawn)

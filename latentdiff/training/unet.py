@@ -61,7 +61,7 @@ class UNetTraining(LoopConfig):
     widths: tuple[int, ...] = (96, 160, 192)
     """Channels of each level."""
     attention: tuple[bool, ...] = (False, True, True)
-    """Which levels have transformer blocks; the middle always has."""
+    """Which levels have transformer blocks; the middle always has. In the shell: --no-attention --attention --attention."""
     head_width: int = 32
     """Channels of an attention head."""
     layers: int = 1

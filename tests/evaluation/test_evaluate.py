@@ -1,0 +1,220 @@
+"""`latentdiff evaluate`: the questions it asks, its numbers where they are known, and its report."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.evaluation import evaluate as module
+from latentdiff.evaluation.clip_score import ClipScorer
+from latentdiff.evaluation.evaluate import MEANINGS, Evaluation, Exam, distances, drawn_numbers, evaluate, open_exam, vae_psnr
+from latentdiff.training.drawings import Drawings
+
+COLOURS = {"a red thing": (220, 0, 0), "a green thing": (0, 220, 0), "a blue thing": (0, 0, 220), "a grey thing": (90, 90, 90)}
+
+
+@pytest.fixture
+def config(drawings_folder: Path, judged_folder: Path, tmp_path: Path) -> Evaluation:
+    return Evaluation(
+        data=drawings_folder, model=str(judged_folder), out=tmp_path / "out", prompts=3, pictures=4, steps=2, device="cpu",
+        progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(6):
+        Image.fromarray(np.full((40, 30, 3), 40 * k, np.uint8)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"picture number {k % 5}")
+    return folder
+
+
+@pytest.fixture
+def half_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seventeen drawings three per cent would be none."""
+    monkeypatch.setattr(module, "Drawings", lambda path: Drawings(path, held_out=0.4))
+
+
+def colour_judge() -> ClipScorer:
+    """A judge that sees a picture's mean colour and knows the colours' names."""
+    return ClipScorer(
+        "colours",
+        lambda texts: torch.tensor([COLOURS[text] for text in texts]).float(),
+        lambda images: torch.tensor(np.array([np.asarray(image).reshape(-1, 3).mean(0) for image in images])).float(),
+    )
+
+
+def plain(*names: str) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8), COLOURS[name]) for name in names]
+
+
+# ------------------------------------------------------------------------------------------------ questions
+
+
+@pytest.mark.usefixtures("half_held_out")
+def test_drawings_are_examined_on_what_training_has_not_seen(config: Evaluation) -> None:
+    drawings = module.Drawings(config.data)
+    exam = open_exam(replace(config, pictures=100), 32)
+    assert len(exam.held_out) == len(exam.captions) == len(exam.others) == len(drawings.held_out) > 1
+    for image, i, caption in zip(exam.held_out, drawings.held_out, exam.captions, strict=True):
+        assert np.array_equal(np.asarray(image), drawings.plain(i, 32))
+        assert caption == drawings.words[drawings.records[i]["concept"]]["phrases"][0]
+    others = {drawings.plain(i, 32).tobytes() for i in drawings.train}
+    assert all(image.tobytes() in others for image in exam.others)
+    assert len(exam.names) == len(set(exam.names))
+    assert set(exam.prompts) | set(exam.captions) <= set(exam.names)
+
+
+@pytest.mark.usefixtures("half_held_out")
+def test_prompts_are_drawn_by_the_seed(config: Evaluation) -> None:
+    everyday = open_exam(replace(config, prompts=100), 32).prompts
+    assert len(everyday) > 3
+    chosen = [open_exam(replace(config, seed=seed), 32).prompts for seed in (0, 0, 1, 2, 3)]
+    assert chosen[0] == chosen[1]
+    assert len({tuple(c) for c in chosen}) > 1
+    assert all(len(c) == len(set(c)) == 3 and set(c) <= set(everyday) for c in chosen)
+
+
+def test_a_folder_of_pictures_is_its_own_exam(config: Evaluation, captioned: Path) -> None:
+    exam = open_exam(replace(config, data=captioned, prompts=3, pictures=100), 16)
+    assert [image.size for image in exam.held_out] == [(16, 16)] * 6
+    assert len(exam.names) == 5
+    assert len(exam.prompts) == 3
+    assert set(exam.prompts) < set(exam.names) == set(exam.captions)
+    assert exam.others == []
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def test_accuracy_and_score_of_pictures_that_are_known() -> None:
+    """Of four pictures one is of the wrong colour; of the held-out ones none."""
+    names, judge = list(COLOURS), colour_judge()
+    exam = Exam(prompts=names, names=names, captions=names[:2], held_out=plain(*names[:2]))
+    drawn = plain("a red thing", "a green thing", "a green thing", "a grey thing")
+    found = drawn_numbers(judge, judge.texts(names), exam, drawn)
+    assert found == pytest.approx(
+        {"clip_score": 75, "top1": 75, "top5": 100, "clip_score_real": 100, "top1_real": 100, "top5_real": 100}, rel=1e-5
+    )
+    assert list(found) == [name for name in MEANINGS if name in found]
+
+
+def test_distances_are_zero_for_the_held_out_pictures_themselves() -> None:
+    names = list(COLOURS)
+    exam = Exam(prompts=names, names=names, captions=names, held_out=plain(*names))
+    assert distances(colour_judge(), exam, plain(*names))["fid"] == pytest.approx(0, abs=1e-6)
+    with_others = distances(colour_judge(), replace(exam, others=plain(*names)), plain(*names[:2]))
+    assert list(with_others) == ["fid", "fid_floor", "kid", "kid_floor"]
+    assert with_others["fid"] > 1000 > with_others["fid_floor"]
+
+
+def test_psnr_is_of_eight_bit_pictures() -> None:
+    """A VAE that makes everything brighter by 10 of 255: 20 log10(255 / 10)."""
+
+    class Brighter:
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        def decode(self, z: torch.Tensor) -> torch.Tensor:
+            return z + 10 / 127.5
+
+    found = vae_psnr(Brighter(), plain("a grey thing"))  # type: ignore[arg-type]
+    assert found == pytest.approx(20 * np.log10(25.5), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+@pytest.mark.usefixtures("half_held_out")
+def test_the_report_of_a_model(config: Evaluation) -> None:
+    config = replace(config, samplers=("ddim", "DPM++ 2M Karras", "heun"), sampler_steps=(2, 3), sampler_pictures=2)
+    report = evaluate(config)
+    assert list(report.numbers) == [name for name in MEANINGS if name in report.numbers]
+    assert set(report.numbers) == set(MEANINGS)
+    assert all(np.isfinite(value) for value in report.numbers.values())
+    assert report.numbers["top5"] >= report.numbers["top1"] >= 0
+    assert [(r["sampler"], r["steps"], r["evaluations"]) for r in report.samplers] == [
+        ("ddim", 2, 2), ("ddim", 3, 3), ("DPM++ 2M Karras", 2, 2), ("DPM++ 2M Karras", 3, 3), ("heun", 2, 4), ("heun", 3, 6),
+    ]  # fmt: skip
+
+    written = json.loads((config.out / "evaluation.json").read_text())
+    assert written["numbers"] == dict(report.numbers)
+    assert written["samplers"] == list(report.samplers)
+    expected = {"steps": 2, "sampler": "ddim", "guidance": 7.5, "seed": 0, "prompts": 3, "device": "cpu", "dtype": "float32"}
+    assert expected.items() <= written["settings"].items()
+    table = (config.out / "evaluation.md").read_text()
+    assert table == report.markdown()
+    for name, meaning in MEANINGS.items():
+        assert f"| {name} | {report.numbers[name]:.4g} | {meaning} |" in table
+    assert "| sampler | steps | evaluations | fid | kid | clip_score | seconds |" in table
+    assert Image.open(config.out / "pictures.png").width == 8 * 32
+
+    again = evaluate(replace(config, samplers=()))
+    first, second = ({k: v for k, v in r.numbers.items() if k != "seconds"} for r in (report, again))
+    assert first == second
+
+
+def test_a_folder_of_pictures_is_enough(config: Evaluation, captioned: Path) -> None:
+    report = evaluate(replace(config, data=captioned))
+    assert set(MEANINGS) - set(report.numbers) == {"fid_floor", "kid_floor"}
+
+
+@pytest.mark.usefixtures("half_held_out")
+def test_pictures_come_from_the_configured_settings(config: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def generate(pipe: Any, prompts: Any, config: Evaluation, what: str, **options: Any) -> Any:
+        asked.append((what, len(prompts), options))
+        return real(pipe, prompts, config, what, **options)
+
+    real = module.generate
+    monkeypatch.setattr(module, "generate", generate)
+    module.show(replace(config, sampler="euler", guidance=2.0, seed=5))
+    assert asked == [("zero-shot", 3, {}), ("FID", 4, {})]
+    recipe = json.loads((config.out / "evaluation.json").read_text())["settings"]
+    assert (recipe["sampler"], recipe["guidance"], recipe["seed"]) == ("euler", 2.0, 5)
+
+
+def test_a_picture_does_not_depend_on_how_many_there_are(
+    tiny_pipe: Any, config: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a cat", "a dog", "a star", "a house", "an apple"]
+    whole, seconds = module.generate(tiny_pipe, prompts, config, "")
+    monkeypatch.setattr(module, "CHUNK", 2)
+    parts, _ = module.generate(tiny_pipe, prompts, config, "")
+    assert [a.tobytes() for a in parts] == [b.tobytes() for b in whole]
+    assert seconds > 0
+
+
+def test_all_samplers_by_one_word(config: Evaluation) -> None:
+    assert replace(config, samplers=("all",)).compared == tuple(SAMPLERS)
+    assert replace(config, samplers=("ddim", "euler a")).compared == ("ddim", "euler a")
+
+
+def test_a_model_without_a_clip_needs_a_judge(config: Evaluation, tiny_folder: Path, captioned: Path) -> None:
+    with pytest.raises(ValueError, match=r"judge must be named: .* has no CLIP of its own"):
+        evaluate(replace(config, model=str(tiny_folder), data=captioned))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"prompts": 0}, ValueError, "prompts must be at least 1, got 0"),
+        ({"pictures": 1}, ValueError, "pictures must be at least 2, got 1"),
+        ({"sampler_pictures": 1}, ValueError, "sampler_pictures must be at least 2, got 1"),
+        ({"data": Path("nowhere")}, FileNotFoundError, "data: nowhere does not exist"),
+        ({"judge": "ViT-B-32"}, ValueError, "judge must be NAME=FILE, .* got 'ViT-B-32'"),
+        ({"samplers": ("ddim", "ddmi")}, ValueError, "sampler must be one of .* got 'ddmi'"),
+    ],
+)
+def test_bad_values_are_refused_by_name(config: Evaluation, changes: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        replace(config, **changes)
