@@ -362,6 +362,12 @@ def compare(
 
 
 app.command("latentdiff.bench.run:bench", name="bench", help="Measure speed, against diffusers and against the machine's limits.")
+app.command(
+    "latentdiff.evaluation.evaluate:show",
+    name="evaluate",
+    help="Measure a model: CLIP score, zero-shot accuracy, FID, the VAE; samplers against steps.",
+    default_parameter=Parameter(name="*"),
+)
 
 
 @app.command
