@@ -1,10 +1,33 @@
 """GroupNorm followed by SiLU, the pair that stands before every convolution of these networks."""
 
+from __future__ import annotations
+
+from functools import cache
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
 def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """silu(norm(x)) (Wu & He 2018, arXiv 1803.08494, eq. 1 and 2)."""
+    """silu(norm(x)) (Wu & He 2018, arXiv 1803.08494, eq. 1 and 2); one fused kernel on a GPU, where nothing is to be learnt.
+
+    A compiler that sees the whole network does as well by itself.
+    """
+    infers = x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if infers and x.is_contiguous(memory_format=torch.channels_last) and has_triton():
+        from latentdiff.models.kernels import group_norm_silu
+
+        return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(norm(x))
+
+
+@cache
+def has_triton() -> bool:
+    """Whether its kernels can be built here: not on every platform, and not for GPUs older than it supports."""
+    try:
+        import triton  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0) and torch.version.hip is None

@@ -1,0 +1,107 @@
+"""A U-Net whose kernels are recorded once for each shape of its inputs and then launched as one (CUDA graphs).
+
+A step of SDXL starts more than a thousand kernels, and starting them takes the processor longer than a GPU needs to run the small ones.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.models.attention import KeysValues
+
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+"""A function without arguments -> (what runs its kernels again, on the same memory; the memory of its result)"""
+
+KEPT = 4  # recordings; each holds the memory of all that is between its inputs and its output
+
+
+def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    """Record on CUDA, after three runs to the side that let libraries choose kernels and make their workspaces."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph.replay, out
+
+
+@dataclass(eq=False)
+class Recording:
+    """Inputs at fixed places, what runs on them, and where its result appears; `prompt` is whose keys and values lie there."""
+
+    x: Tensor
+    t: Tensor
+    vector: Tensor | None
+    context: list[KeysValues]
+    prompt: list[KeysValues] | None
+    replay: Callable[[], object]
+    out: Tensor
+
+    def run(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Tensor:
+        self.x.copy_(x)
+        self.t.copy_(t)
+        if self.vector is not None and vector is not None:
+            self.vector.copy_(vector)
+        if context is not self.prompt:  # once a prompt, not once a step
+            for pair, given in zip(self.context, context, strict=True):
+                for place, value in zip(pair, given, strict=True):
+                    place.copy_(value)
+            self.prompt = context
+        self.replay()
+        return self.out.clone()
+
+
+class Graphed:
+    """Takes a U-Net's place in the loop. Threads may share it; they take turns.
+
+    What a recording cannot hold runs as ever: other attention or merging, a prompt that is not yet keys and values, training,
+    and shapes for which memory did not suffice.
+    """
+
+    def __init__(self, unet: Callable[..., Tensor], record: Record = record):
+        self.unet, self.record, self.lock = unet, record, threading.Lock()
+        self.known: OrderedDict[Any, Recording | None] = OrderedDict()
+
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None = None, **seams: Any
+    ) -> Tensor:
+        if seams or isinstance(context, Tensor) or torch.is_grad_enabled():
+            return self.unet(x, t, context, vector, **seams)
+        with self.lock:
+            recording = self._recording(x, t, context, vector)
+            if recording is not None:
+                return recording.run(x, t, context, vector)
+        return self.unet(x, t, context, vector)
+
+    def _recording(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Recording | None:
+        key = (x.shape, x.dtype, x.device, context[0][0].shape)
+        if key not in self.known:
+            self.known[key] = self._recorded(x, t, context, vector)
+            if len(self.known) > KEPT:
+                self.known.popitem(last=False)
+        self.known.move_to_end(key)
+        return self.known[key]
+
+    def _recorded(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Recording | None:
+        x, t, context = x.clone(), t.clone(), [(k.clone(), v.clone()) for k, v in context]
+        vector = None if vector is None else vector.clone()
+        try:
+            replay, out = self.record(lambda: self.unet(x, t, context, vector))
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                f"too little memory to record the U-Net for {list(x.shape)}; it runs unrecorded, more slowly", stacklevel=4
+            )
+            return None
+        return Recording(x, t, vector, context, None, replay, out)

@@ -1,0 +1,137 @@
+"""Recording and replaying: on a CPU with a stand-in that computes again on the same memory, as a CUDA graph does."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from latentdiff.models import graphs
+from latentdiff.models.attention import sdpa
+from latentdiff.models.graphs import Graphed
+from latentdiff.models.unet import UNet, UNetConfig
+
+CONFIG = UNetConfig(
+    block_out_channels=(8, 16), layers_per_block=1, attention=(True, True), transformer_layers=(1, 1), heads=(2, 2), context_dim=12,
+    norm_groups=4, vector_dim=6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(CONFIG).eval()
+
+
+@pytest.fixture
+def graphed(unet):
+    """A recorder that counts, and replays on the recorded memory: what is not copied there is not seen."""
+    made = []
+
+    def record(run):
+        made.append(run)
+        out = run()
+        return (lambda: out.copy_(run())), out
+
+    graphed = Graphed(unet, record)
+    graphed.made = made
+    return graphed
+
+
+def inputs(unet: UNet, seed: int, batch: int = 2, size: int = 8):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    prompt = unet.project_context(draw(batch, 5, 12))
+    return draw(batch, 4, size, size), 999 * torch.rand(batch, generator=generator), prompt, draw(batch, 6)
+
+
+@torch.no_grad()
+def test_replays_give_what_the_network_gives_and_keep_it(unet, graphed):
+    calls = [inputs(unet, seed) for seed in range(3)]
+    order = [calls[0], calls[0], calls[1], (calls[2][0], calls[2][1], calls[1][2], calls[1][3]), calls[0]]
+    results = [graphed(*call) for call in order]
+    assert len(graphed.made) == 1
+    for call, result in zip(order, results, strict=True):  # checked at the end: no call writes over another's result
+        assert torch.equal(result, unet(*call))
+
+
+@torch.no_grad()
+def test_a_prompt_is_copied_once(unet, graphed, monkeypatch):
+    copies = []
+    x, t, prompt, vector = inputs(unet, 0)
+    graphed(x, t, prompt, vector)
+    recording = next(iter(graphed.known.values()))
+    places = {place.data_ptr() for pair in recording.context for place in pair}
+    original = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda a, b, *c: (copies.append(a.data_ptr()), original(a, b, *c))[1])
+    for _ in range(3):
+        graphed(x, t, prompt, vector)
+    assert not places & set(copies)
+    graphed(x, t, inputs(unet, 1)[2], vector)
+    assert places <= set(copies)
+
+
+@torch.no_grad()
+def test_each_shape_has_its_recording_and_few_are_kept(unet, graphed):
+    for batch in (1, 2, 3, 4, 5, 5):
+        call = inputs(unet, batch, batch)
+        assert torch.equal(graphed(*call), unet(*call))
+    assert len(graphed.made) == 5
+    assert len(graphed.known) == graphs.KEPT
+    graphed(*inputs(unet, 0, 1))
+    assert len(graphed.made) == 6
+
+
+def test_what_cannot_be_recorded_runs_as_ever(unet, graphed):
+    x, t, prompt, vector = inputs(unet, 0)
+    context = torch.randn(2, 5, 12)
+    with torch.no_grad():
+        seen = []
+        attend = lambda q, k, v, site: (seen.append(site), sdpa(q, k, v, site))[1]  # noqa: E731
+        assert torch.equal(graphed(x, t, prompt, vector, attend=attend), unet(x, t, prompt, vector))
+        assert seen
+        assert torch.equal(graphed(x, t, context, vector), unet(x, t, context, vector))
+    assert graphed(x, t, prompt, vector).requires_grad
+    assert graphed.made == []
+
+
+@torch.no_grad()
+def test_where_memory_does_not_suffice_it_runs_unrecorded(unet):
+    def record(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphed, call = Graphed(unet, record), inputs(unet, 0)
+    with pytest.warns(UserWarning, match="too little memory to record"):
+        assert torch.equal(graphed(*call), unet(*call))
+    assert torch.equal(graphed(*call), unet(*call))
+
+
+@torch.no_grad()
+def test_threads_share_one(unet, graphed):
+    calls = [inputs(unet, seed) for seed in range(4)]
+    expected = [unet(*call) for call in calls]
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(5):
+                if not torch.equal(graphed(*calls[i]), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_cuda_graph_gives_what_the_network_gives(unet):
+    on_gpu = copy.deepcopy(unet).cuda()
+    graphed = Graphed(on_gpu)
+    for seed in (0, 0, 1):
+        x, t, prompt, vector = inputs(unet, seed)
+        call = x.cuda(), t.cuda(), [(k.cuda(), v.cuda()) for k, v in prompt], vector.cuda()
+        torch.testing.assert_close(graphed(*call), on_gpu(*call), rtol=1e-5, atol=1e-5)
