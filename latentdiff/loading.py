@@ -11,6 +11,9 @@ import torch
 from latentdiff.checkpoints.families import Prediction
 from latentdiff.checkpoints.io import Parts, load_parts
 from latentdiff.conditioning import TextEncoder
+from latentdiff.diffusion.denoiser import Network
+from latentdiff.models.graphs import Graphed
+from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -61,8 +64,18 @@ def ready(parts: Parts, device: torch.device, dtype: torch.dtype, *, compile: bo
         text=TextEncoder(tuple(t.to(device, dtype) for t in parts.text_encoders), parts.tokenizers, parts.spec),
         spec=parts.spec,
         title=parts.title,
-        network=torch.compile(unet) if compile else None,  # type: ignore[arg-type]
+        network=network(unet, compile),
     )
+
+
+def network(unet: UNet, compile: bool) -> Network | None:
+    """What runs in the U-Net's place: compiled, and on CUDA recorded; None where nothing is to be gained."""
+    cuda = next(unet.parameters()).device.type == "cuda"
+    if compile:
+        mode = "max-autotune-no-cudagraphs" if cuda else None
+        compiled = torch.compile(unet, fullgraph=True, dynamic=False, mode=mode)
+        return Graphed(compiled) if cuda else compiled  # type: ignore[return-value]
+    return Graphed(unet) if cuda else None
 
 
 def embedded() -> Path:

@@ -1,6 +1,6 @@
 """A U-Net whose kernels are recorded once for each shape of its inputs and then launched as one (CUDA graphs).
 
-A step of SDXL starts more than a thousand kernels, and starting them takes the processor longer than a GPU needs to run the small ones.
+A step of SDXL starts more than a thousand kernels, and to start one takes longer than many of them run.
 """
 
 from __future__ import annotations

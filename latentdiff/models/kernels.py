@@ -8,6 +8,8 @@ both and SiLU. Two reads and one write of the map in all.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -103,10 +105,10 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     mean, m2 = (torch.empty(batch, parts, channels, device=x.device, dtype=torch.float32) for _ in range(2))
     scale, shift = (torch.empty(batch, channels, device=x.device, dtype=torch.float32) for _ in range(2))
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    sizes = {"ROWS": ROWS, "CHANNELS": CHANNELS}
+    sizes: dict[str, Any] = {"ROWS": ROWS, "CHANNELS": CHANNELS}
     moments[(batch, parts, columns)](x, mean, m2, positions, channels, slice_size, **sizes)
     own = channels // groups
-    powers = {"PARTS": triton.next_power_of_2(parts), "WIDTH": triton.next_power_of_2(own)}
+    powers: dict[str, Any] = {"PARTS": triton.next_power_of_2(parts), "WIDTH": triton.next_power_of_2(own)}
     join[(batch, groups)](mean, m2, weight, bias, scale, shift, positions, channels, slice_size, parts, eps, own, **powers)
     apply[(batch, triton.cdiv(positions, ROWS), columns)](x, scale, shift, y, positions, channels, **sizes)
     return y
