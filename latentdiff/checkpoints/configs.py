@@ -76,8 +76,19 @@ SCHEDULER_DEFAULTS: Mapping[str, tuple[str, bool]] = {
     "TCDScheduler": ("leading", False),
     "DPMSolverSDEScheduler": ("linspace", False),
 }
-# Schedulers of distilled models say how they want to be sampled.
-DISTILLED: Mapping[str, tuple[str, int]] = {"LCMScheduler": ("lcm", 4), "TCDScheduler": ("tcd", 4)}
+# Schedulers of distilled models say how they want to be sampled, whatever else stands in the file. TCD's ends at the lowest level.
+FEW_STEPS = SamplingSpec(spacing="lcm", steps_offset=0, final="zero", sampler="lcm", steps=4, guidance=1.0)
+DISTILLED: Mapping[str, SamplingSpec] = {
+    "LCMScheduler": FEW_STEPS,
+    "TCDScheduler": replace(FEW_STEPS, sampler="tcd", final="sigma_min"),
+}
+SCHEDULER_CLASSES = {
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+}
+LCM_GUIDANCE = 8.0  # of models that take the scale as an input (Luo et al., arXiv 2310.04378, section 5)
 
 PIPELINES: Mapping[tuple[bool, str], str] = {  # (SDXL?, task)
     (False, "text"): "StableDiffusionPipeline",
@@ -282,12 +293,11 @@ def read_schedule(config: Config) -> tuple[ScheduleSpec, SamplingSpec, str]:
 
 def _distilled(name: str, sampling: SamplingSpec, schedule: ScheduleSpec, prediction: str) -> SamplingSpec:
     """Few steps and no guidance, where the scheduler is one that only distilled models come with (LCM, TCD, Turbo)."""
+    if name in DISTILLED:
+        return DISTILLED[name]
     turbo = name.startswith("Euler") and sampling.spacing == "trailing" and prediction == "eps" and not schedule.zero_snr
     if turbo:
-        return replace(sampling, sampler="euler", steps=4, guidance=1.0)
-    if name in DISTILLED:
-        sampler, steps = DISTILLED[name]
-        return replace(sampling, sampler=sampler, steps=steps, guidance=1.0)
+        return replace(sampling, sampler="euler_ancestral" if "Ancestral" in name else "euler", steps=4, guidance=1.0)
     return sampling
 
 
@@ -299,6 +309,8 @@ def assemble(*, unet: Config, vae: Config, scheduler: Config | None, towers: Seq
     """
     u, v = read_unet(unet), read_vae(vae)
     schedule, sampling, prediction = read_schedule(scheduler) if scheduler else (ScheduleSpec(), SamplingSpec(), "eps")
+    if u.time_cond_dim is not None:
+        sampling = replace(sampling, guidance=LCM_GUIDANCE)
     layout = "none"
     if u.vector_dim is not None:
         towers = [replace(t, layer=-2, final_norm=False, pooled=t is towers[-1]) for t in towers]
@@ -441,8 +453,7 @@ def tower_json(t: TowerSpec) -> dict[str, Any]:
 
 def scheduler_json(spec: ModelSpec) -> dict[str, Any]:
     schedule, sampling = spec.schedule, spec.sampling
-    classes = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "euler": "EulerDiscreteScheduler"}
-    name = classes.get(sampling.sampler or "", "DDIMScheduler")
+    name = SCHEDULER_CLASSES.get(sampling.sampler or "", "DDIMScheduler")
     json = {
         "_class_name": name,
         "_diffusers_version": WRITTEN_FOR,
@@ -455,7 +466,7 @@ def scheduler_json(spec: ModelSpec) -> dict[str, Any]:
         "rescale_betas_zero_snr": schedule.zero_snr,
         "set_alpha_to_one": sampling.final == "zero",
         "steps_offset": sampling.steps_offset,
-        "timestep_spacing": sampling.spacing,
+        "timestep_spacing": "leading" if sampling.spacing == "lcm" else sampling.spacing,
     }
     if name.startswith("Euler"):  # has neither of them
         del json["clip_sample"], json["set_alpha_to_one"]

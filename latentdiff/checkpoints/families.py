@@ -32,7 +32,7 @@ class ScheduleSpec:
 class SamplingSpec:
     """How the model's own files want it sampled. None leaves the choice to the pipeline."""
 
-    spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    spacing: Literal["leading", "trailing", "linspace", "lcm"] = "leading"
     steps_offset: int = 1
     final: Literal["zero", "sigma_min"] = "sigma_min"  # where the last step goes; `set_alpha_to_one` in scheduler_config.json
     sampler: str | None = None

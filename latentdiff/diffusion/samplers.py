@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from latentdiff.diffusion.denoiser import consistency
 from latentdiff.diffusion.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, ipndm, lms, plms, pndm, unipc
 from latentdiff.diffusion.schedules import NoiseSchedule, spacing_named
 from latentdiff.diffusion.singlestep import (
@@ -137,7 +138,7 @@ def resolve(name: str) -> tuple[str, str | None]:
 
 
 def bind(name: str, schedule: NoiseSchedule) -> Callable[..., Iterator[Step]]:
-    """The sampler of that name in the table. Two papers speak of times, which a grid does not know: those get the schedule's."""
+    """The sampler of that name in the table. Three papers speak of times, which a grid does not know: those get the schedule's."""
 
     def sigma(t: float) -> float:
         return schedule.sigma(torch.tensor(t)).item()
@@ -145,6 +146,8 @@ def bind(name: str, schedule: NoiseSchedule) -> Callable[..., Iterator[Step]]:
     def t(sigma: float) -> float:
         return schedule.t(torch.tensor(sigma)).item()
 
+    if name == "lcm":
+        return lambda denoise, x, sigmas, *, randn: lcm(consistency(denoise, schedule), x, sigmas, randn=randn)
     if name == "tcd":
         return partial(tcd, lower=lambda s_next, eta: min(sigma(math.floor((1 - eta) * t(s_next))), s_next))
     if name == "pndm":

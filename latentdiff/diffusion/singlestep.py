@@ -190,7 +190,8 @@ def lcm(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn) -> Iterator
     """All the way to x0, then noise up to the next level: multistep consistency sampling (Song et al., arXiv 2303.01469, alg. 1).
 
     One evaluation a step, stochastic; for latent consistency models (Luo et al., arXiv 2310.04378), and no solver of
-    the ODE, so it has no order. Those models' skip connection is `denoiser.consistency`.
+    the ODE, so it has no order. Those models' skip connection is `denoiser.consistency`
+    (`samplers.bind` puts it in).
     """
     return _down_and_up(denoise, x, sigmas, randn, lambda s, s_next: 0.0)
 
