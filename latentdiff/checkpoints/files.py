@@ -5,6 +5,7 @@ header is small, so it is checked here, and each fault says what was expected, w
 """
 
 import json
+import mmap
 import os
 import shutil
 import struct
@@ -53,6 +54,7 @@ class Entry:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int = field(default=0, compare=False)  # byte in the file
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,18 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
 
 
 def open_safetensors(path: Path) -> TensorFile:
-    from safetensors import safe_open
-
+    """A safetensors file; its tensors are the mapped file itself, and writing to one leaves the file alone."""
     header, metadata = read_header(path)
-    file = safe_open(path, framework="pt")
-    return TensorFile(path, header, file.get_tensor, metadata)
+    with path.open("rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def get(name: str) -> Tensor:
+        entry = header[name]
+        if 0 in entry.shape:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.frombuffer(data, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start).view(entry.shape)
+
+    return TensorFile(path, header, get, metadata)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -117,7 +126,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map text to text")
-    entries, end = _check_entries(path, header)
+    entries, end = _check_entries(path, header, 8 + length)
     if 8 + length + end > size:
         raise CheckpointError(
             f"{path}: truncated: its header promises {8 + length + end} bytes, the file has {size} "
@@ -148,8 +157,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _check_entries(path: Path, header: dict[str, Any]) -> tuple[dict[str, Entry], int]:
-    """Entries, and where their data ends. The tensors must follow each other without gaps or overlaps."""
+def _check_entries(path: Path, header: dict[str, Any], data: int) -> tuple[dict[str, Entry], int]:
+    """Entries, and where their data ends, counted from byte `data`; they must follow each other without gaps or overlaps."""
     spans = []
     for name, info in header.items():
         match info:
@@ -166,7 +175,7 @@ def _check_entries(path: Path, header: dict[str, Any]) -> tuple[dict[str, Entry]
                 f"{path}: tensor {name!r} ({dtype}, {shape}) takes {prod(shape) * DTYPES[dtype].itemsize} bytes, "
                 f"its data_offsets {begin}–{end} give {end - begin}"
             )
-        spans.append((begin, end, name, Entry(DTYPES[dtype], tuple(shape))))
+        spans.append((begin, end, name, Entry(DTYPES[dtype], tuple(shape), data + begin)))
     position = 0
     for begin, end, name, _ in sorted(spans, key=lambda s: s[:2]):
         if begin != position:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +99,7 @@ def _read(file: TensorFile, source: Source, dtype: torch.dtype, device: torch.de
         raise CheckpointError(f"{file.path}: {source.name} of the {what} must hold floats, found {stored.dtype}")
     tensor = source.ours(stored).to(device, dtype)
     low, high = torch.aminmax(tensor)
-    if not (low.isfinite() and high.isfinite()):
+    if not (isfinite(low) and isfinite(high)):
         raise CheckpointError(
             f"{file.path}: {source.name} of the {what} holds NaN or infinite numbers (as {dtype}); the file is damaged, "
             "its training diverged, or its numbers do not fit the dtype"

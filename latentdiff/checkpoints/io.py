@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from latentdiff.checkpoints import configs, hub, keymap, tokenizer
 from latentdiff.checkpoints.configs import Config
@@ -24,6 +25,8 @@ from latentdiff.models.text import TextTower, Tokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.models.vae_tiny import TinyVAE, TinyVAEConfig
+
+PARTS = {"unet": "U-Net", "vae": "VAE"}  # in messages
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,22 +176,16 @@ def _load_single(path: Path, prediction: Prediction | None, vae: Path | None, op
     file = open_single(path, options.allow_pickle)
     found = detect(file) if spec is None else Found(spec, keymap.text_layout(spec), "spec")
     spec = found.spec if prediction is None else predicting(found.spec, prediction)
-    plan = single_sources(spec, found.layout)
+    made = networks(spec)
     if vae is not None:
-        plan.pop("vae", None)
+        made.pop("vae", None)
+    plan = single_sources(made, found.layout)
     check_leftovers(file, (s for part in plan.values() for s in part.values()), f"{spec.name} model", spare=vae is not None)
     if options.ema:
         plan["unet"] = _ema(file, plan["unet"])
-
-    unet = fill(on_meta(UNet, spec.unet), file, plan["unet"], options, f"{spec.name} U-Net")
-    towers = [
-        fill(on_meta(TextTower, t), file, plan[f"text {i}"], options, f"{spec.name} text tower {i}")
-        for i, t in enumerate(spec.towers)
-    ]
-    if vae is not None:
-        autoencoder = load_vae(vae, spec, options)
-    else:
-        autoencoder = fill(on_meta(VAE, spec.vae), file, plan["vae"], options, f"{spec.name} VAE")
+    for part, module in made.items():
+        fill(module, file, plan[part], options, f"{spec.name} {PARTS.get(part, part.replace('text', 'text tower'))}")
+    unet, autoencoder = made["unet"], made["vae"] if vae is None else load_vae(vae, spec, options)
     if prediction is None and found.evidence is None:
         spec = _tried(spec, unet, path)
     data = found.tokenizer
@@ -196,8 +193,8 @@ def _load_single(path: Path, prediction: Prediction | None, vae: Path | None, op
         spec=replace(spec, vae=autoencoder.config),
         unet=unet,
         vae=autoencoder,
-        text_encoders=tuple(towers),
-        tokenizers=tuple(tokenizer.standard() if data is None else tokenizer.from_data(data) for _ in towers),
+        text_encoders=tuple(made[f"text {i}"] for i in range(len(spec.towers))),
+        tokenizers=(tokenizer.standard() if data is None else tokenizer.from_data(data),) * len(spec.towers),
         title=path.stem,
     )
 
@@ -206,13 +203,25 @@ def open_single(path: Path, allow_pickle: bool) -> TensorFile:
     return keymap.mended(open_tensors(path, allow_pickle=allow_pickle), keymap.SINGLE_SYNONYMS)
 
 
-def single_sources(spec: ModelSpec, layout: str) -> dict[str, dict[str, Source]]:
-    """For each part of a model, our names -> where the tensors lie in a single file."""
-    plan = {"unet": keymap.unet_sources(on_meta(UNet, spec.unet).state_dict(), spec.unet)}
+def networks(spec: ModelSpec) -> dict[str, Any]:
+    """A model's networks on `meta`: "unet", "vae" (but no tiny one, which single files do not hold), "text 0", "text 1"."""
+    made: dict[str, nn.Module] = {"unet": on_meta(UNet, spec.unet)}
     if isinstance(spec.vae, VAEConfig):
-        plan["vae"] = keymap.vae_sources(on_meta(VAE, spec.vae).state_dict(), spec.vae)
-    for i, (tower, (prefix, rules)) in enumerate(zip(spec.towers, keymap.TEXT_LAYOUTS[layout], strict=True)):
-        plan[f"text {i}"] = keymap.text_sources(on_meta(TextTower, tower).state_dict(), prefix, rules)
+        made["vae"] = on_meta(VAE, spec.vae)
+    return made | {f"text {i}": on_meta(TextTower, tower) for i, tower in enumerate(spec.towers)}
+
+
+def single_sources(networks: Mapping[str, nn.Module], layout: str) -> dict[str, dict[str, Source]]:
+    """For each network, our names -> where the tensors lie in a single file."""
+    plan = {}
+    for part, module in networks.items():
+        names = module.state_dict()
+        if isinstance(module, UNet):
+            plan[part] = keymap.unet_sources(names, module.config)
+        elif isinstance(module, VAE):
+            plan[part] = keymap.vae_sources(names, module.config)
+        else:
+            plan[part] = keymap.text_sources(names, *keymap.TEXT_LAYOUTS[layout][int(part.removeprefix("text "))])
     return plan
 
 

@@ -12,7 +12,7 @@ from latentdiff.checkpoints.detect import CONV_IN, detect
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, some_names
 from latentdiff.checkpoints.fill import Options
-from latentdiff.checkpoints.io import locate, open_part, open_single, read_folder, single_sources, tower_folders
+from latentdiff.checkpoints.io import locate, networks, open_part, open_single, read_folder, single_sources, tower_folders
 
 LORA_ENDS = (
     *(".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"),
@@ -100,7 +100,7 @@ def _file(path: Path, options: Options) -> Report:
         found = detect(file)
     except CheckpointError as error:
         return Report(kind=f"model that latentdiff does not run ({error})", **common)
-    plan = single_sources(found.spec, found.layout)
+    plan = single_sources(networks(found.spec), found.layout)
     taken = {part: {s.name for s in sources.values()} for part, sources in plan.items()}
     every = set().union(*taken.values())
     return Report(

@@ -73,7 +73,7 @@ def single_tensors(parts: Parts) -> dict[str, Tensor]:
     modules: dict[str, nn.Module] = {"unet": parts.unet, "vae": parts.vae}
     modules |= {f"text {i}": tower for i, tower in enumerate(parts.text_encoders)}
     tensors: dict[str, Tensor] = {}
-    for part, sources in single_sources(parts.spec, keymap.text_layout(parts.spec)).items():
+    for part, sources in single_sources(modules, keymap.text_layout(parts.spec)).items():
         tensors |= original_tensors(modules[part].state_dict(), sources)
     markers = {"v_pred": parts.spec.prediction == "v", "ztsnr": parts.spec.schedule.zero_snr}
     xl = parts.spec.vector != "none"

@@ -15,6 +15,7 @@ from latentdiff.checkpoints.files import CheckpointError, read_json, write_json,
 from latentdiff.models.text import Tokenizer
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = 49152 - 256 - 2  # of the list's pairs, those that CLIP uses
 
 
 @cache
@@ -30,8 +31,9 @@ def _standard_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     spec = importlib.util.find_spec("open_clip")  # finds the wheel without importing it (which would import torchvision)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the standard CLIP vocabulary is part of open_clip_torch, which is not installed")
-    lines = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
-    merges = [_pair(line) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    text = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    words = text.split("\n", 1)[1].split()[: 2 * MERGES]  # after the title, a pair a line
+    merges = list(zip(words[::2], words[1::2], strict=True))
     letters = _byte_letters()
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges), BEGIN, END]
     return {token: i for i, token in enumerate(tokens)}, merges

@@ -6,24 +6,19 @@ import pytest
 import torch
 
 from latentdiff.checkpoints import families, keymap
-from latentdiff.checkpoints.fill import on_meta
-from latentdiff.checkpoints.io import single_sources
-from latentdiff.models.text import TextTower
-from latentdiff.models.unet import UNet
-from latentdiff.models.vae import VAE
+from latentdiff.checkpoints.io import networks, single_sources
 
 ALL = list(families.FAMILIES.values())
 COUNTS = {"sd15": (686, 248, [196]), "sd21": (686, 248, [372]), "sdxl": (1680, 248, [196, 517])}
 
 
 def plan(spec):
-    return single_sources(spec, keymap.text_layout(spec))
+    return single_sources(networks(spec), keymap.text_layout(spec))
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda s: s.name)
 def test_map_is_a_bijection_on_all_names_of_a_model(spec):
-    modules = {"unet": on_meta(UNet, spec.unet), "vae": on_meta(VAE, spec.vae)}
-    modules |= {f"text {i}": on_meta(TextTower, t) for i, t in enumerate(spec.towers)}
+    modules = networks(spec)
     places = []
     for part, sources in plan(spec).items():
         assert list(sources) == list(modules[part].state_dict())

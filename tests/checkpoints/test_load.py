@@ -14,12 +14,9 @@ import torch
 
 from latentdiff.checkpoints import configs, detect, families, keymap
 from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, open_tensors, write_safetensors
-from latentdiff.checkpoints.fill import on_meta
-from latentdiff.checkpoints.io import load_parts, single_sources
+from latentdiff.checkpoints.io import load_parts, networks, single_sources
 from latentdiff.checkpoints.save import convert, follows_from_names, metadata, original_tensors, save_single, single_tensors
-from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
-from latentdiff.models.vae import VAE
 
 ALL = list(families.FAMILIES.values())
 
@@ -31,10 +28,9 @@ def header(spec, **metadata: str) -> TensorFile:
 
 @cache
 def _entries(spec) -> dict[str, Entry]:
-    modules = {"unet": on_meta(UNet, spec.unet), "vae": on_meta(VAE, spec.vae)}
-    modules |= {f"text {i}": on_meta(TextTower, t) for i, t in enumerate(spec.towers)}
+    modules = networks(spec)
     tensors = {}
-    for part, sources in single_sources(spec, keymap.text_layout(spec)).items():
+    for part, sources in single_sources(modules, keymap.text_layout(spec)).items():
         tensors |= original_tensors(modules[part].state_dict(), sources)
     return {name: Entry(torch.float16, tuple(t.shape)) for name, t in tensors.items()}
 
@@ -391,11 +387,15 @@ SCHEDULERS = {
     "EulerDiscreteScheduler": ({"steps_offset": 1}, families.SamplingSpec(spacing="linspace", steps_offset=1, final="zero")),
     "LCMScheduler": (
         {"set_alpha_to_one": True},
-        families.SamplingSpec(spacing="leading", steps_offset=0, final="zero", sampler="lcm", steps=4, guidance=1.0),
+        families.SamplingSpec(spacing="lcm", steps_offset=0, final="zero", sampler="lcm", steps=4, guidance=1.0),
+    ),
+    "TCDScheduler": (
+        {"set_alpha_to_one": True, "steps_offset": 1},
+        families.SamplingSpec(spacing="lcm", steps_offset=0, final="sigma_min", sampler="tcd", steps=4, guidance=1.0),
     ),
     "EulerAncestralDiscreteScheduler": (
         {"timestep_spacing": "trailing"},
-        families.SamplingSpec(spacing="trailing", steps_offset=0, final="zero", sampler="euler", steps=4, guidance=1.0),
+        families.SamplingSpec(spacing="trailing", steps_offset=0, final="zero", sampler="euler_ancestral", steps=4, guidance=1.0),
     ),
     "DPMSolverMultistepScheduler": (
         {"final_sigmas_type": "sigma_min"},
