@@ -74,7 +74,7 @@ def join(
     off = means - centre
     variance = (tl.sum(tl.load(m2 + place, inside, 0.0)) + tl.sum(off * off * counts)) / total
     own = group * width + col
-    a = tl.load(weight + own, col < width, 0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    a = tl.load(weight + own, col < width, 0.0).to(tl.float32) * tl.rsqrt(variance + eps)
     b = tl.load(bias + own, col < width, 0.0).to(tl.float32) - centre * a
     tl.store(scale + picture * channels + own, a, col < width)
     tl.store(shift + picture * channels + own, b, col < width)

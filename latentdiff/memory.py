@@ -1,0 +1,134 @@
+"""When memory runs out: fewer pictures at a time, attention in slices, pictures in tiles; each with a message, before giving up."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentdiff.diffusion.denoiser import Denoise
+from latentdiff.models.attention import Site, sdpa
+
+SLICE = 1024  # queries at once in sliced attention
+TILE, OVERLAP = 64, 16  # latents along the side of a tile, and of those that it shares with the next
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the CPU, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def attempt(run: Callable[[], Tensor]) -> Tensor | None:
+    """What `run` gives, or None if memory ran out; what it held is free by then."""
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def tell(text: str) -> None:
+    warnings.warn(f"memory ran out: {text}", stacklevel=2)
+
+
+def within_memory(make: Callable[[slice, bool], Denoise], rows: slice) -> Denoise:
+    """make(rows, False), the denoiser of these pictures, which halves itself as often as memory asks for it.
+
+    One picture alone is tried once more as make(rows, True), sparing memory at the cost of time. Errors: MemoryError.
+    """
+    parts: list[Denoise] = []
+    whole: list[Denoise] = [make(rows, False)]
+    n = rows.stop - rows.start
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        if not parts:
+            done = attempt(lambda: whole[0](x, sigma))
+            if done is not None:
+                return done
+            whole.clear()
+            parts.extend(smaller())
+        return torch.cat([part(own, sigma) for part, own in zip(parts, x.tensor_split(len(parts)), strict=True)])
+
+    def smaller() -> list[Denoise]:
+        if n == 1:
+            tell("attention goes on in slices")
+            return [spared(make(rows, True))]
+        middle = rows.start + (n + 1) // 2  # as tensor_split does
+        tell(f"going on with {middle - rows.start} pictures at a time in the place of {n}")
+        return [within_memory(make, half) for half in (slice(rows.start, middle), slice(middle, rows.stop))]
+
+    return denoise
+
+
+def spared(denoise: Denoise) -> Denoise:
+    """The last try."""
+
+    def run(x: Tensor, sigma: Tensor) -> Tensor:
+        done = attempt(lambda: denoise(x, sigma))
+        if done is None:
+            raise MemoryError(f"too little memory for one picture of {x.shape[-1]} × {x.shape[-2]} latents: a smaller size may fit")
+        return done
+
+    return run
+
+
+def sliced(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    """`sdpa` for some queries at a time: the same result."""
+    return torch.cat([sdpa(part, k, v, site) for part in q.split(SLICE, dim=-2)], dim=-2)
+
+
+def decode(run: Callable[[Tensor], Tensor], z: Float[Tensor, "b c h w"], tile: int = TILE) -> Float[Tensor, "b 3 height width"]:
+    """run(z), the decoder's pictures; where memory runs out, in tiles, which halve until they fit. Errors: MemoryError.
+
+    Norms and attention then see a tile, not the picture, so colours can differ a little from one tile to the next.
+    """
+    done = attempt(lambda: run(z))
+    while done is None:
+        side = max(z.shape[-2:])
+        tile = min(tile, (side + 1) // 2)
+        if tile <= OVERLAP:
+            raise MemoryError(f"too little memory to decode {z.shape[-1]} × {z.shape[-2]} latents: a smaller size may fit")
+        tell(f"decoding in tiles of {tile} × {tile} latents; where they meet, colours can differ a little")
+        done = attempt(lambda tile=tile: in_tiles(run, z, tile))
+        tile //= 2
+    return done
+
+
+def in_tiles(run: Callable[[Tensor], Tensor], z: Float[Tensor, "b c h w"], tile: int) -> Float[Tensor, "b 3 height width"]:
+    """Overlapping tiles, blended linearly where they overlap."""
+    total = weights = None
+    for top in starts(z.shape[-2], tile):
+        for left in starts(z.shape[-1], tile):
+            part = run(z[..., top : top + tile, left : left + tile])
+            scale = part.shape[-1] // min(tile, z.shape[-1])
+            if total is None or weights is None:
+                total = part.new_zeros(*part.shape[:2], scale * z.shape[-2], scale * z.shape[-1])
+                weights = total.new_zeros(total.shape[-2:])
+            ramp = ramps(part.shape[-2], OVERLAP * scale, part)[:, None] * ramps(part.shape[-1], OVERLAP * scale, part)
+            place = (..., slice(top * scale, top * scale + part.shape[-2]), slice(left * scale, left * scale + part.shape[-1]))
+            total[place] += part * ramp
+            weights[place] += ramp
+    assert total is not None
+    assert weights is not None
+    return total / weights
+
+
+def starts(side: int, tile: int) -> list[int]:
+    """Where tiles begin, evenly, so that neighbours share at least OVERLAP and the last ends with the side."""
+    if side <= tile:
+        return [0]
+    n = math.ceil((side - OVERLAP) / (tile - OVERLAP))
+    return [round(i * (side - tile) / (n - 1)) for i in range(n)]
+
+
+def ramps(length: int, overlap: int, like: Tensor) -> Float[Tensor, " length"]:
+    """Rises from 0 to 1 at the beginning and falls to 0 at the end, each over `overlap` pixels; nowhere 0."""
+    away = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
+    return (torch.minimum(away, length - away) / overlap).clamp(max=1)
