@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentdiff import __version__, images, request
+from latentdiff import __version__, images, memory, request
 from latentdiff.checkpoints.families import ModelSpec, ScheduleSpec
 from latentdiff.conditioning import Cond, Stage, TextEncoder
 from latentdiff.diffusion import schedules
@@ -397,18 +398,30 @@ class Pipeline:
             )
         return [known[pair] for pair in zip(asked.prompts, asked.negatives, strict=True)]
 
+    def denoiser(self, unet: UNet | None = None) -> Denoiser:
+        """(x, sigma, condition) -> x0; `diffusion.rules.autoguidance` takes that of a weaker model. unet: another in its place."""
+        unet = unet or self.unet
+        network = self.network if self.network is not None and unet is self.unet else unet
+        dtype = next(unet.parameters()).dtype
+        return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet))
+
     def denoise(self, unet: UNet, told: list[list[Stage]], asked: Request) -> Denoise:
         """(x, sigma) -> x0 for the whole batch, in groups that go through the network together.
 
         On a CPU each picture is a group: products of other shapes round otherwise, and a picture would depend on its neighbours.
         """
-        network = self.network if self.network is not None and unet is self.unet else unet
-        dtype = next(unet.parameters()).dtype
-        denoiser = Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet))
+        denoiser = self.denoiser(unet)
+        if asked.scale_is_input:
+            denoiser = replace(denoiser, network=told_scale(denoiser.network, asked.scale, self.spec.unet.time_cond_dim or 0))
+        sparing = replace(denoiser, attend=memory.sliced)
+
+        def make(rows: slice, spare: bool) -> Denoise:
+            return self._denoise_group(sparing if spare else denoiser, told[rows], asked, rows)
+
         groups = grouped(told, asked.batch or (1 if self.device.type == "cpu" else BATCH))
         denoises, done = [], 0
         for group in groups:
-            denoises.append(self._denoise_group(denoiser, group, asked, slice(done, done := done + len(group))))
+            denoises.append(memory.within_memory(make, slice(done, done := done + len(group))))
         sizes = [len(group) for group in groups]
 
         def denoise(x: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:
@@ -457,7 +470,7 @@ class Pipeline:
         """Pictures in about [-1, 1] of scaled latents, float32."""
 
         def run(vae: VAE | TinyVAE) -> Tensor:
-            return vae.decode(z.to(next(vae.parameters()).dtype)).float()
+            return memory.decode(lambda part: vae.decode(part).float(), z.to(next(vae.parameters()).dtype))
 
         return sound("VAE", self.vae, run, finite)
 
@@ -495,6 +508,17 @@ def together(stages: Sequence[Stage]) -> Cond | list[tuple[Cond, Tensor]]:
     if n == 1 and all(weight == 1 for _, weight in slots[0]):
         return joined([cond for cond, _ in slots[0]])
     return [(joined([cond for cond, _ in slot]), torch.tensor([weight for _, weight in slot])) for slot in slots]
+
+
+def told_scale(network: Network, scale: float, dim: int) -> Network:
+    """A distilled U-Net with the guidance scale as its input: sinusoids of 1000 · (scale - 1) (Luo et al., arXiv 2310.04378)."""
+    angles = 1000 * (scale - 1) * torch.exp(-math.log(10000) / (dim // 2 - 1) * torch.arange(dim // 2))
+    embedding = torch.cat([angles.sin(), angles.cos()])[None]  # [1, dim]
+
+    def told(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /, **seams: Any) -> Tensor:
+        return network(x, t, context, vector, guidance_embedding=embedding.to(x).expand(len(x), -1), **seams)  # type: ignore[call-arg]
+
+    return told
 
 
 def joined(conds: Sequence[Cond]) -> Cond:

@@ -45,6 +45,7 @@ class Request:
     size: tuple[int, int]  # width, height in pixels
     batch: int | None
     sigmas: Float[Tensor, " steps+1"]
+    scale_is_input: bool = False  # of a distilled U-Net, which does the guiding itself: no rule is applied
     origin: Any = None  # origin.Origin, where the run starts from pictures
 
     def __len__(self) -> int:
@@ -53,6 +54,8 @@ class Request:
     @property
     def rule(self) -> Rule:
         """What is done with the estimates of x0: a number is that of classifier-free guidance."""
+        if self.scale_is_input:
+            return cfg(1)
         chosen = self.guidance if isinstance(self.guidance, Rule) else cfg(self.guidance)
         return chosen + rescale(self.rescale) if self.rescale else chosen
 
@@ -122,6 +125,7 @@ def request(
     n = integer("n", n, 1, MAX_PICTURES // len(prompts))
     own = spec.sampling
     steps = integer("steps", first(steps, own.steps, STEPS), 1, len(schedule))
+    scale_is_input = spec.unet.time_cond_dim is not None
     name, solver, implied = checked_sampler(first(sampler, own.sampler, SAMPLER), schedule)
     spacing = first(spacing, implied, own.spacing)
     spacing = (spacing_named(spacing) or spacing) if isinstance(spacing, str) else numbers("spacing", spacing)
@@ -129,7 +133,7 @@ def request(
         prompts=tuple(p for p in prompts for _ in range(n)),
         negatives=tuple(p for p in negatives for _ in range(n)),
         seeds=seeds(seed, n * len(prompts)),
-        guidance=checked_guidance(first(guidance, own.guidance, GUIDANCE)),
+        guidance=checked_guidance(first(guidance, own.guidance, GUIDANCE), rules=not scale_is_input),
         rescale=number("rescale", rescale, 0, 1),
         syntax=checked_syntax(syntax),
         steps=steps,
@@ -140,6 +144,7 @@ def request(
         size=checked_size(first(size, spec.size), factor),
         batch=None if batch is None else integer("batch", batch, 1, MAX_PICTURES),
         sigmas=grid(schedule, steps, spacing, offset=own.steps_offset, final=own.final),
+        scale_is_input=scale_is_input,
     )
 
 
@@ -191,15 +196,16 @@ def numbers(name: str, value: Any) -> list[float]:
         raise ValueError(f"{name} must be a name or a list of numbers, got {shown(value)}") from None
 
 
-def checked_guidance(guidance: Any) -> float | Rule:
-    """A number, or a rule: a sum of those of `diffusion.rules`, itself or as text."""
-    if isinstance(guidance, Rule):
+def checked_guidance(guidance: Any, *, rules: bool) -> float | Rule:
+    """A number or, with `rules`, a sum of those of `diffusion.rules`, itself or as text."""
+    if isinstance(guidance, Rule) and rules:
         return guidance
     if isinstance(guidance, str):
         try:
             guidance = float(guidance)
         except ValueError:
-            return rule(guidance)
+            if rules:
+                return rule(guidance)
     return number("guidance", guidance)
 
 
