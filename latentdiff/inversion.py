@@ -66,6 +66,8 @@ def ddim(denoise: Denoise, z: Latents, sigmas: Grid, iterations: int = 6) -> Inv
             error = off.square().mean().item()
             if error < least:
                 least, best = error, x
+            if error < 1e-10 * (1 + s_next**2):  # rounding, for float32
+                break
             x = x - off / slope
         states.append(best)
     return Inversion(sigmas=sigmas, states=tuple(reversed(states)))
@@ -100,12 +102,13 @@ def null_text(
     *,
     inner: int = 20,
     rate: float = 1e-2,
-    enough: float = 1e-5,
+    enough: tuple[float, float] = (1e-5, 1e-3),
 ) -> Inversion:
     """Unconditional contexts with which the guided run follows the unguided one (Mokady et al., arXiv 2211.09794, algorithm 1).
 
     found: a DDIM inversion at guidance 1. told: the denoiser with the prompt. untold: with the context it is given. inner: steps of
-    Adam a level, each level starting from the last one's context; enough: mean square error of unit-variance latents to stop at.
+    Adam a level, each level starting from the last one's context; enough: mean square error of unit-variance latents to stop at, at
+    the first level and at the last.
     """
     x, nulls, states = found.states[0], [], [found.states[0]]
     for i, s, s_next in steps(found.sigmas):
@@ -116,7 +119,8 @@ def null_text(
             unguided = untold(x, found.sigmas[i], context)
             return carry(x, unguided + guidance * (x0 - unguided), ratio)
 
-        null = fit(follow, target, scale, null, inner, rate * (1 - i / (2 * len(found.sigmas))), enough)
+        done = i / len(found.sigmas)
+        null = fit(follow, target, scale, null, inner, rate * (1 - done / 2), enough[0] + done * (enough[1] - enough[0]))
         nulls.append(null)
         with torch.no_grad():
             x = follow(null)

@@ -28,10 +28,10 @@ from latentdiff.training.drawings import BACKGROUNDS, Drawings
 KINDS = ("swap", "remove", "background")
 RUNS: dict[str, list[dict[str, Any]]] = {  # method -> the points of its curve
     "img2img": [{"strength": s} for s in (0.3, 0.45, 0.6, 0.75, 0.9)],
-    "ddim": [{"strength": s} for s in (0.4, 0.6, 0.8, 1.0)],
-    "null-text": [{"strength": s} for s in (0.6, 1.0)],
-    "edit-friendly": [{"strength": s} for s in (0.4, 0.55, 0.7, 0.85)],
-    "prompt-to-prompt": [{"strength": s} for s in (0.55, 0.7, 0.85, 1.0)],
+    "ddim": [{"strength": s} for s in (0.5, 0.75, 1.0)],
+    "null-text": [{"strength": 0.75}],
+    "edit-friendly": [{"strength": s} for s in (0.4, 0.6, 0.8)],
+    "prompt-to-prompt": [{"strength": s} for s in (0.6, 0.8, 1.0)],
 }
 
 
@@ -58,7 +58,7 @@ class Point:
 
 
 def main(
-    drawings: Path, *, model: str | None = None, out: Path = Path("comparison"), n: int = 102, steps: int = 50,
+    drawings: Path, *, model: str | None = None, out: Path = Path("comparison"), n: int = 102, steps: int = 25,
     guidance: float | None = None, seed: int = 0, judge: Path | None = None,
 ) -> None:  # fmt: skip
     """Compare the methods.
@@ -75,6 +75,8 @@ def main(
         Number of edits.
     judge
         A model folder with the CLIP that scores; without it, the editing model's own.
+    steps
+        Steps of each run.
     """
     pipe = latentdiff.load(model)
     scorer = ClipScorer.from_folder(judge or (Path(model) if model else embedded()), pipe.device)
@@ -87,7 +89,8 @@ def main(
             settings = {"method": method, "steps": steps, "guidance": guidance, "seed": seed, "progress": False} | options
             after += pipe.edit(t.picture, source=t.source, target=t.target, **settings)
         points.append(measured(method, options, pipe, scorer, todo, after))
-        shown.setdefault(method, after)
+        if options == RUNS[method][len(RUNS[method]) // 2]:
+            shown[method] = after
         (out / "comparison.json").write_text(json.dumps([asdict(p) for p in points], indent=1))
     text = table(points)
     (out / "comparison.md").write_text(text)
@@ -197,10 +200,12 @@ def features(pipe: latentdiff.Pipeline, image: Image.Image) -> list[torch.Tensor
 
 
 def above(point: Point, curve: Sequence[Point]) -> float | None:
-    """dB of kept picture that a point has over a curve at its own CLIP score; None beyond the curve's ends."""
+    """dB of kept picture that a point has over a curve at its own CLIP score, at least: over the curve's end where it lies beyond
+    the highest score; None below the lowest.
+    """
     pairs = sorted((p.clip, p.psnr) for p in curve)
     clips, kept = [clip for clip, _ in pairs], [psnr for _, psnr in pairs]
-    return point.psnr - float(np.interp(point.clip, clips, kept)) if clips[0] <= point.clip <= clips[-1] else None
+    return point.psnr - float(np.interp(point.clip, clips, kept)) if point.clip >= clips[0] else None
 
 
 def table(points: Sequence[Point]) -> str:

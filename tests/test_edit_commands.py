@@ -155,7 +155,8 @@ def test_what_changes_inside_the_edit_does_not_count(compare, tiny_pipe):
 def test_a_point_is_compared_with_the_curve_at_its_own_score(compare):
     curve = [compare.Point("img2img", {}, clip, psnr, 0.0) for clip, psnr in ((20.0, 30.0), (24.0, 20.0))]
     assert compare.above(compare.Point("ddim", {}, 22.0, 28.0, 0.0), curve) == pytest.approx(3.0)
-    assert compare.above(compare.Point("ddim", {}, 25.0, 28.0, 0.0), curve) is None
+    assert compare.above(compare.Point("ddim", {}, 25.0, 28.0, 0.0), curve) == pytest.approx(8.0)
+    assert compare.above(compare.Point("ddim", {}, 19.0, 28.0, 0.0), curve) is None
 
 
 def test_the_comparison_writes_table_numbers_plot_and_sheet(compare, drawings_folder, tiny_folder, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from latentdiff import images as I
 from latentdiff.editing import Edits
 
 FEW = {"steps": 4, "seed": 3, "progress": False}
+TWO = FEW | {"steps": 2}
 METHODS = ["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-prompt"]
 
 
@@ -114,7 +115,7 @@ def test_null_text_is_nearer_than_ddim_under_guidance(tiny_pipe):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_edits_at_any_size_and_repeats_itself(tiny_pipe, method):
-    asked = {"source": "a cat", "target": "a red dog", "method": method} | FEW
+    asked = {"source": "a cat", "target": "a red dog", "method": method} | TWO
     edits = tiny_pipe.edit(photo(50, 41), **asked)
     assert edits[0].size == (50, 41)
     assert not same(edits[0], photo(50, 41))
@@ -130,7 +131,7 @@ def test_strength_0_gives_the_picture_back(tiny_pipe, method):
 def test_outside_a_mask_nothing_changes(tiny_pipe, method):
     mask = Image.new("L", (50, 41), 0)
     ImageDraw.Draw(mask).rectangle((10, 8, 29, 30), fill=255)
-    result = tiny_pipe.edit(photo(50, 41), source="a cat", target="a red dog", method=method, mask=mask, blur=2, **FEW)[0]
+    result = tiny_pipe.edit(photo(50, 41), source="a cat", target="a red dog", method=method, mask=mask, blur=2, **TWO)[0]
     outside = np.asarray(mask) == 0
     assert (array(result) == array(photo(50, 41)))[outside].all()
     assert (array(result) != array(photo(50, 41)))[~outside].any()
@@ -161,7 +162,7 @@ def test_the_recipe_makes_the_edit_again(tiny_pipe, tmp_path, method):
     if method != "img2img":
         extra |= {"region": ["cat", "red dog"], "weights": {"red": 1.5}, "threshold": 0.3}
     edits = tiny_pipe.edit(
-        photo(), source="a cat", target="a red dog", method=method, guidance=3.0, negative="flat", **extra, **FEW
+        photo(), source="a cat", target="a red dog", method=method, guidance=3.0, negative="flat", **extra, **TWO
     )
     (path,) = edits.save(tmp_path / "a.png")
     recipe = I.read_recipe(path)

@@ -31,7 +31,7 @@ def test_ddim_inversion_is_solved_and_not_only_guessed(name):
     errors = [(rebuild(denoise, inversion.ddim(denoise, Z, sigmas, iterations=n)) - Z).abs().max().item() for n in (1, 3, 30)]
     assert errors[0] > errors[1] > errors[2]
     assert errors[0] > 1e-2
-    assert errors[2] < 1e-4
+    assert errors[2] < 5e-4
 
 
 def test_one_iteration_for_gaussian_latents_is_exact():
@@ -83,7 +83,7 @@ def test_null_text_follows_the_unguided_run_under_guidance():
 
     null = torch.zeros(1, 1, 144)
     straight = inversion.ddim(told, z, sigmas, iterations=30)
-    found = inversion.null_text(straight, told, untold, null, 7.5, inner=200, rate=0.1, enough=1e-9)
+    found = inversion.null_text(straight, told, untold, null, 7.5, inner=200, rate=0.1, enough=(1e-9, 1e-9))
 
     def run(nulls):
         x = found.states[0]
