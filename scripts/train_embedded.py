@@ -1,0 +1,223 @@
+"""Train the embedded model: drawings -> VAE -> CLIP -> U-Net -> `weights/` in float16. What is done is not done again.
+
+    python scripts/train_embedded.py RUN                             # on a CPU: a night on two cores
+    python scripts/train_embedded.py RUN --preset gpu                # on one GPU
+    python scripts/train_embedded.py RUN --processes 2               # two processes: one a core, or one a GPU
+    python scripts/train_embedded.py RUN --weights weights           # and put the model there in the end
+
+RUN holds a folder for each stage; killed at any moment, the same command goes on. Seconds by stage are added up in RUN/times.json.
+On a CPU each of several processes is pinned to a core and runs one thread: on two cores that other work kept busy, two such
+processes were much faster than one with two threads. Stages by themselves: --stage data | vae | clip | unet | weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import copytree
+from typing import Any, Literal, get_args
+
+import cyclopts
+
+Stage = Literal["data", "vae", "clip", "unet", "weights"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+LARGEST = 48_000_000  # bytes that the shipped folder may have
+CLOSE = 2.0  # of 255: mean difference allowed between pictures of the float16 and the float32 weights
+
+# Ideas that people ask for first (names of concepts); a share of the pictures shows them.
+FAVOURITES = tuple(" ".join(name.split()) for name in Path(__file__).with_name("favourites.txt").read_text().split(";"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the three trainings are told; `compose` is what their pictures are told. All recipes have networks of the same sizes."""
+
+    vae: Mapping[str, Any]
+    clip: Mapping[str, Any]
+    unet: Mapping[str, Any]
+    compose: Mapping[str, Mapping[str, Any]]
+
+
+VAE_SIZES = dict(size=128, widths=(16, 32, 64, 128), groups=8)
+CLIP_SIZES = dict(size=128, width=256, text_layers=3, image_layers=4, heads=4, vocab=3072, length=32)
+UNET_SIZES = dict(size=128, widths=(96, 160, 192), attention=(False, True, True), head_width=32, layers=1, groups=16)
+FAVOURED = dict(everyday=0.85, favourites=FAVOURITES, favour=0.65, pair=0.1, several=0.05, triple=0.02)
+
+SHORT = Recipe(
+    vae=dict(**VAE_SIZES, steps=3600, batch=16, crop=64, lr=1e-3, ema=0.998, warmup=100, save_every=400, compile=True),
+    clip=dict(**CLIP_SIZES, steps=450, batch=128, lr=1e-3, ema=0.99, warmup=50, weight_decay=0.1, save_every=100),
+    unet=dict(**UNET_SIZES, steps=2500, batch=48, lr=1e-3, ema=0.998, pictures=28_000, save_every=250, sample_every=250),
+    compose=dict(
+        vae=dict(everyday=0.6, white=0.4),
+        clip=dict(everyday=0.35, pair=0.08, several=0.04, triple=0.02),
+        unet=FAVOURED,
+    ),
+)
+CPU = Recipe(
+    vae=dict(SHORT.vae, steps=8000, ema=0.999),
+    clip=dict(SHORT.clip, steps=4000, ema=0.998, warmup=200),
+    unet=dict(SHORT.unet, steps=16_000, batch=64, ema=0.9993, pictures=60_000, save_every=500, sample_every=1000),
+    compose=dict(SHORT.compose, unet=dict(FAVOURED, favour=0.35)),  # there is time for the others
+)
+GPU = Recipe(
+    vae=dict(SHORT.vae, steps=20_000, batch=64, crop=None, ema=0.9995, save_every=2000, workers=12),
+    clip=dict(SHORT.clip, steps=10_000, batch=512, ema=0.999, warmup=500, save_every=1000, workers=12),
+    unet=dict(SHORT.unet, steps=60_000, batch=256, ema=0.9997, pictures=400_000, save_every=5000, sample_every=5000, workers=12),
+    compose=CPU.compose,
+)
+PRESETS: Mapping[str, Recipe] = {"short": SHORT, "cpu": CPU, "gpu": GPU}
+
+
+def main(
+    run: Path,
+    /,
+    *,
+    preset: Literal["short", "cpu", "gpu"] = "cpu",
+    data: Path | None = None,
+    packages: Path | None = None,
+    weights: Path | None = None,
+    processes: int = 1,
+    stage: Stage | None = None,
+) -> None:
+    """Train the embedded model, from the drawings' packages to a folder of float16 weights.
+
+    Parameters
+    ----------
+    run
+        Folder for all that is made; a run in it goes on.
+    preset
+        How long: "short" is what the first weights were trained with, two hours on two cores; "cpu" a night; "gpu" one GPU.
+    data
+        Built drawings (scripts/build_dataset.py); RUN/data if not given, which is then built.
+    packages
+        Folder with the drawings' npm packages, to build without a network.
+    weights
+        Also put the finished model into this folder; other files there stay.
+    processes
+        Processes that train together: as many as there are GPUs, or cores to use.
+    stage
+        Do this stage alone.
+    """
+    if processes < 1:
+        raise SystemExit(f"--processes must be at least 1, got {processes}")
+    data = data or run / "data"
+    for name in [stage] if stage else STAGES:
+        if name == "data":
+            timed(run, name, lambda: build(data, packages))
+        elif name == "weights":
+            timed(run, name, lambda: assemble(run, weights))
+        elif "LOCAL_RANK" in os.environ:  # one of several
+            pin()
+            train(name, PRESETS[preset], run, data)
+        elif processes == 1:
+            timed(run, name, lambda name=name: train(name, PRESETS[preset], run, data))
+        else:
+            timed(run, name, lambda name=name: together(name, preset, run, data, processes))
+
+
+def build(data: Path, packages: Path | None) -> None:
+    script = Path(__file__).with_name("build_dataset.py")
+    subprocess.run([sys.executable, script, data, *(["--packages", packages] if packages else [])], check=True)
+
+
+def together(stage: str, preset: str, run: Path, data: Path, processes: int) -> None:
+    """One stage in several processes, each of them this script again."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    again = [Path(__file__), run, "--preset", preset, "--data", data, "--stage", stage]
+    subprocess.run([sys.executable, *launch, *again], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def pin() -> None:
+    """On a CPU, give this process one of the launcher's cores for itself, and one thread."""
+    import torch
+
+    if not torch.accelerator.is_available() and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
+        torch.set_num_threads(1)
+
+
+def train(stage: str, recipe: Recipe, run: Path, data: Path) -> None:
+    """One of the three trainings, to its end. Each has its folder, in which it resumes."""
+    from latentdiff.training.clip import CLIPTraining, train_clip
+    from latentdiff.training.drawings import ComposeConfig
+    from latentdiff.training.unet import UNetTraining, train_unet
+    from latentdiff.training.vae import VAETraining, train_vae
+
+    shared: dict[str, Any] = {"out": run / stage, "data": data, "compose": ComposeConfig(**recipe.compose[stage])}
+    if stage == "vae":
+        train_vae(VAETraining(**{**shared, **recipe.vae}))
+    elif stage == "clip":
+        train_clip(CLIPTraining(**{**shared, **recipe.clip}))
+    else:
+        parts = {"vae": run / "vae" / "model", "clip": run / "clip" / "model"}
+        train_unet(UNetTraining(**{**shared, **parts, **recipe.unet}))
+
+
+def assemble(run: Path, weights: Path | None) -> None:
+    """RUN/unet/model in float16, checked: its size, and that its pictures are those of the float32 weights."""
+    import torch
+
+    from latentdiff.checkpoints.io import load_parts
+    from latentdiff.checkpoints.save import save_folder
+
+    whole, half = run / "unet" / "model", run / "weights"
+    parts = load_parts(whole, dtype=torch.float16)
+    halve(whole / "clip", run / "clip-half")
+    save_folder(replace(parts, clip=run / "clip-half", title="embedded"), half)
+    size = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
+    if size > LARGEST:
+        raise SystemExit(f"{half} has {size:,} bytes, at most {LARGEST:,} may be shipped")
+    difference = mean_difference(whole, half)
+    print(f"{half}: {size / 1e6:.1f} MB; its pictures differ from the float32 weights' by {difference:.3f} of 255 on average")
+    if not difference < CLOSE:
+        raise SystemExit(f"the float16 weights draw other pictures: {difference:.3f} of 255 apart, at most {CLOSE} are allowed")
+    if weights is not None:
+        copytree(half, weights, dirs_exist_ok=True)
+
+
+def halve(source: Path, target: Path) -> None:
+    """The rest of the CLIP with its weights in float16."""
+    import torch
+    from safetensors.torch import load_file
+
+    from latentdiff.checkpoints.files import write_safetensors
+
+    copytree(source, target, dirs_exist_ok=True)
+    tensors = load_file(source / "model.safetensors")
+    write_safetensors(target / "model.safetensors", {k: v.to(torch.float16) for k, v in tensors.items()})
+
+
+def mean_difference(a: Path, b: Path) -> float:
+    """Of 255, between eight pictures of each model, drawn from the same seeds, computed in float32."""
+    import numpy as np
+
+    from latentdiff.loading import load
+    from latentdiff.training.unet import PROMPTS
+
+    drawn = [load(folder, dtype="float32")(list(PROMPTS), seed=0, progress=False) for folder in (a, b)]
+    first, second = (np.stack([np.asarray(image, dtype=float) for image in images]) for images in drawn)
+    return float(np.abs(first - second).mean())
+
+
+def timed(run: Path, stage: str, work: Any) -> None:
+    """Do it, and add its seconds to RUN/times.json, also when it is stopped."""
+    file, began = run / "times.json", time.monotonic()
+    run.mkdir(parents=True, exist_ok=True)
+    print(f"— {stage}", flush=True)
+    try:
+        work()
+    finally:
+        seconds = json.loads(file.read_text()) if file.exists() else {}
+        seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - began, 1)
+        file.write_text(json.dumps(seconds, indent=1))
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
