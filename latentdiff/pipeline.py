@@ -23,6 +23,7 @@ from latentdiff.diffusion.guidance import guided, scheduled
 from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Randn, Step
 from latentdiff.images import Images, Picture
+from latentdiff.models.caching import Cached
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.models.vae_tiny import TinyVAE
@@ -411,12 +412,13 @@ class Pipeline:
         On a CPU each picture is a group: products of other shapes round otherwise, and a picture would depend on its neighbours.
         """
         denoiser = self.denoiser(unet)
-        if asked.scale_is_input:
-            denoiser = replace(denoiser, network=told_scale(denoiser.network, asked.scale, self.spec.unet.time_cond_dim or 0))
-        sparing = replace(denoiser, attend=memory.sliced)
 
         def make(rows: slice, spare: bool) -> Denoise:
-            return self._denoise_group(sparing if spare else denoiser, told[rows], asked, rows)
+            network = denoiser.network.fresh() if isinstance(denoiser.network, Cached) else denoiser.network
+            if asked.scale_is_input:
+                network = told_scale(network, asked.scale, self.spec.unet.time_cond_dim or 0)
+            own = replace(denoiser, network=network, attend=memory.sliced if spare else None)
+            return self._denoise_group(own, told[rows], asked, rows)
 
         groups = grouped(told, asked.batch or (1 if self.device.type == "cpu" else BATCH))
         denoises, done = [], 0

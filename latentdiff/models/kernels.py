@@ -70,9 +70,9 @@ def join(
     counts = tl.minimum(positions - part * slice_size, slice_size).to(tl.float32)[:, None]
     counts = tl.where(inside, counts, 0.0)
     total = tl.sum(counts)
-    centre = tl.sum(means * counts) / total
+    centre = tl.sum(means * counts) / total  # pyright: ignore[reportOperatorIssue]
     off = means - centre
-    variance = (tl.sum(tl.load(m2 + place, inside, 0.0)) + tl.sum(off * off * counts)) / total
+    variance = (tl.sum(tl.load(m2 + place, inside, 0.0)) + tl.sum(off * off * counts)) / total  # pyright: ignore[reportOperatorIssue]
     own = group * width + col
     a = tl.load(weight + own, col < width, 0.0).to(tl.float32) * tl.rsqrt(variance + eps)
     b = tl.load(bias + own, col < width, 0.0).to(tl.float32) - centre * a

@@ -285,7 +285,7 @@ class UNet(nn.Module):
         self._check(x, t, vector, guidance_embedding)
         self._check_batch(context, len(x))
         prompt = self.project_context(context) if isinstance(context, Tensor) else context
-        shifts = self._embed_times(t, vector, guidance_embedding, x.dtype)
+        shifts = self.embed_times(t, vector, guidance_embedding, x.dtype)
         if attend is sdpa and halves_alike(x) and halves_alike(shifts):
             x = x[: len(x) // 2]  # all is the same until the prompt is heard, where the first cross-attention repeats it
 
@@ -301,7 +301,7 @@ class UNet(nn.Module):
             x = self._run(block, x, own, size, shifts, prompt, attend, merge, number)
         return self.conv_out(norm_silu(self.conv_norm_out, x))  #                      [b, out, h, w]
 
-    def _embed_times(self, t: Tensor, vector: Tensor | None, guidance_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def embed_times(self, t: Tensor, vector: Tensor | None, guidance_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What each res block adds at these times, side by side: [b, s]."""
         emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype), guidance_embedding)
         if vector is not None:
