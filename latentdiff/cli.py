@@ -94,6 +94,10 @@ def generate(
     dtype: DType | None = None,
     prediction: Literal["eps", "v", "x0"] | None = None,
     vae: str | None = None,
+    lora: list[str] | None = None,
+    embedding: list[str] | None = None,
+    refiner: str | None = None,
+    handoff: float | None = None,
     allow_pickle: bool = False,
     compile: bool = False,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
@@ -150,6 +154,14 @@ def generate(
         What the U-Net predicts, where the model's files do not say.
     vae
         Another autoencoder: a file, a folder or a hub id.
+    lora
+        Files of LoRAs, each with its scale: flat.safetensors:0.8
+    embedding
+        Files of textual inversion; the word for each is the file's own, or its name.
+    refiner
+        A second model that finishes the pictures (SDXL's refiner): a file, a folder or a hub id.
+    handoff
+        From 0 to 1: the share of the noise levels before the refiner takes over; 0.8.
     allow_pickle
         Also read .ckpt and .bin files (tensors only; nothing in them is executed).
     compile
@@ -179,10 +191,21 @@ def generate(
         raise ValueError('prompts must be at least one text, such as latentdiff generate "a cat", got none')
     check_out(out, grid)
 
+    if handoff is not None and refiner is None:
+        raise ValueError(f"handoff needs refiner, the model that takes over, got handoff {handoff} alone")
+
     from latentdiff.loading import load
 
-    pipe = load(model, device=device, dtype=dtype, prediction=prediction, vae=vae, allow_pickle=allow_pickle, compile=compile)
-    images = pipe(**options, progress=not quiet)
+    common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "compile": compile}
+    added = {"lora": scales(lora or []), "embeddings": embedding or []}
+    pipe = load(model, prediction=prediction, vae=vae, **added, **common)
+    if refiner is None:
+        images = pipe(**options, progress=not quiet)
+    else:
+        from latentdiff.refine import refine
+
+        options |= {} if handoff is None else {"handoff": handoff}
+        images = refine(pipe, load(refiner, vae=vae, **common), options.pop("prompt"), **options, progress=not quiet)
     if grid:
         write_grid(images, out, columns, labels)
     for path, image in [] if grid else zip(images.save(out), images, strict=True):
@@ -371,6 +394,62 @@ app.command(
 
 
 @app.command
+def inspect(path: str, *, variant: str | None = None, allow_pickle: bool = False) -> None:
+    """Say what a model, a LoRA or another file is: family, prediction, sizes, dtypes, metadata, and what is unknown in it.
+
+    Parameters
+    ----------
+    path
+        A file, a folder or a hub id (owner/name).
+    variant
+        Of a folder with several precisions, the one to look at, such as fp16.
+    allow_pickle
+        Also read .ckpt and .bin files (tensors only; nothing in them is executed).
+    """
+    from latentdiff.checkpoints.report import inspect
+
+    print(inspect(path, variant=variant, allow_pickle=allow_pickle))
+
+
+@app.command
+def convert(
+    source: str,
+    target: Path,
+    *,
+    dtype: DType | None = None,
+    ema: bool = False,
+    prediction: Literal["eps", "v", "x0"] | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> None:
+    """Write a model as one .safetensors file in the original naming, or as a folder in the diffusers layout.
+
+    Parameters
+    ----------
+    source
+        A file, a folder or a hub id (owner/name).
+    target
+        A name that ends in .safetensors is a file, any other a folder.
+    dtype
+        Of the written weights; without it they stay as they are.
+    ema
+        Take the U-Net's moving average, where a file has one.
+    prediction
+        What the U-Net predicts, where the model's files do not say.
+    variant
+        Of a folder with several precisions, the one to read, such as fp16.
+    allow_pickle
+        Also read .ckpt and .bin files (tensors only; nothing in them is executed).
+    """
+    from latentdiff.checkpoints.save import convert
+    from latentdiff.loading import checked_dtype
+
+    kind = None if dtype is None else checked_dtype(dtype)
+    convert(source, target, dtype=kind, ema=ema, prediction=prediction, variant=variant, allow_pickle=allow_pickle)
+    print(target)
+
+
+@app.command
 def doctor() -> int:
     """Show versions, devices, the choices made from them, and what does not fit. Exit code 1 if something has to be done."""
     from latentdiff.doctor import examine
@@ -397,6 +476,13 @@ def read_prompts(path: Path | None) -> list[str]:
     if not found:
         raise ValueError(f"prompts-file must hold at least one prompt, one a line, got {path}, which is empty")
     return found
+
+
+def scales(files: Sequence[str]) -> dict[str, float]:
+    """`file:0.8` as {file: 0.8}."""
+    from latentdiff.checkpoints.adapted import scaled
+
+    return dict(scaled(file) for file in files)
 
 
 def sides(size: str) -> int | tuple[int, int]:

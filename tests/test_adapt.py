@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from latentdiff.adapt import adapt, scaled
+from latentdiff.adapt import adapt
+from latentdiff.checkpoints.adapted import scaled
 from latentdiff.checkpoints.files import CheckpointError, write_safetensors
 
 FEW = {"steps": 2, "seed": 1, "progress": False}
@@ -44,12 +45,12 @@ def test_words(tiny_pipe, tmp_path):
     write_safetensors(
         tmp_path / "w.safetensors", {"toyword": torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * 5}
     )
-    on = adapt(tiny_pipe, words=tmp_path / "w.safetensors")
+    on = adapt(tiny_pipe, embeddings=tmp_path / "w.safetensors")
     assert len(on.text.tokenizers[0]("toyword")) == 3
     assert on.spec.towers[0].vocab == tiny_pipe.spec.towers[0].vocab + 3
     assert picture(on, "a toyword") != before
     assert picture(on, "a cat") == picture(tiny_pipe, "a cat")
-    named = adapt(tiny_pipe, words={tmp_path / "w.safetensors": "<other>"})
+    named = adapt(tiny_pipe, embeddings={tmp_path / "w.safetensors": "<other>"})
     assert picture(named, "a <other>") == picture(on, "a toyword")
 
 
@@ -60,7 +61,7 @@ def test_faults_are_those_of_the_files(tiny_pipe, tmp_path):
     with pytest.raises(ValueError, match="scale must be a finite number"):
         adapt(tiny_pipe, lora={lora(tiny_pipe, tmp_path / "m.safetensors"): float("nan")})
     with pytest.raises(FileNotFoundError):
-        adapt(tiny_pipe, words=tmp_path / "nothing.safetensors")
+        adapt(tiny_pipe, embeddings=tmp_path / "nothing.safetensors")
 
 
 @pytest.mark.parametrize(
