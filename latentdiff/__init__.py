@@ -4,14 +4,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentdiff.adapt import adapt
+    from latentdiff.checkpoints.report import inspect
+    from latentdiff.checkpoints.save import convert
     from latentdiff.diffusion.samplers import SAMPLERS, Step
     from latentdiff.diffusion.schedules import SPACINGS
     from latentdiff.images import Images, read_recipe
     from latentdiff.loading import load
     from latentdiff.pipeline import NonFiniteError, Pipeline, Progress
+    from latentdiff.refine import refine
 
 __version__ = "0.1.0"
-__all__ = ["SAMPLERS", "SPACINGS", "Images", "NonFiniteError", "Pipeline", "Progress", "Step", "load", "read_recipe"]
+__all__ = [
+    "SAMPLERS",
+    "SPACINGS",
+    "Images",
+    "NonFiniteError",
+    "Pipeline",
+    "Progress",
+    "Step",
+    "adapt",
+    "convert",
+    "inspect",
+    "load",
+    "read_recipe",
+    "refine",
+]
 
 _HOMES = {
     "SAMPLERS": "diffusion.samplers",
@@ -20,6 +38,10 @@ _HOMES = {
     "Images": "images",
     "read_recipe": "images",
     "load": "loading",
+    "adapt": "adapt",
+    "refine": "refine",
+    "inspect": "checkpoints.report",
+    "convert": "checkpoints.save",
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from latentdiff import __version__, images, request
+from latentdiff.diffusion.guidance import Rule
 from latentdiff.diffusion.samplers import Step
 from latentdiff.images import Images
 from latentdiff.pipeline import Pipeline, Progress, finished
@@ -27,10 +28,13 @@ def refine(
     *,
     negative: str | Sequence[str] | None = None,
     handoff: float = HANDOFF,
-    guidance: float | None = None,
+    guidance: float | str | Rule | None = None,
+    rescale: float = 0.0,
+    syntax: str = request.SYNTAX,
     steps: int | None = None,
     sampler: str | Callable[..., Iterator[Step]] | None = None,
     spacing: str | Sequence[float] | None = None,
+    eta: float | None = None,
     seed: int | None = None,
     n: int = 1,
     size: int | tuple[int, int] | None = None,
@@ -56,11 +60,12 @@ def refine(
             prompt=prompt,
             negative=negative,
             guidance=guidance,
-            rescale=0.0,
+            rescale=rescale,
+            syntax=syntax,
             steps=steps,
             sampler=sampler,
             spacing=spacing,
-            eta=None,
+            eta=eta,
             seed=seed,
             n=n,
             size=base.spec.size if size is None else size,

@@ -4,9 +4,11 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from latentdiff import cli
@@ -228,3 +230,42 @@ def test_torchvision_and_torch(torch, vision, wanted, error, ok, text):
     found = torchvision_fit(torch, vision, wanted, error)
     assert found.ok is ok
     assert text in found.text
+
+
+def test_inspect_and_convert(run, tiny_folder):
+    assert run("convert", tiny_folder, "m.safetensors", "--dtype", "float16") == (0, "m.safetensors\n", "")
+    code, out, _ = run("inspect", "m.safetensors")
+    assert code == 0
+    for words in ("m.safetensors: model, single file", "32x32 pixels", "prediction  v", "float16", "unknown     nothing"):
+        assert words in out
+    assert run("convert", "m.safetensors", "again")[0] == 0
+    assert "again: model, folder" in run("inspect", "again")[1]
+    code, out, err = run("inspect", "nothing.safetensors")
+    assert (code, out) == (2, "")
+    assert "nothing.safetensors: there is no such file or folder" in err
+
+
+def test_loras_words_and_a_refiner_from_the_command_line(run, tiny_pipe, tiny_folder):
+    from latentdiff.checkpoints.files import write_safetensors
+
+    name, weight = next((n, w) for n, w in tiny_pipe.unet.state_dict().items() if n.endswith("to_q.weight"))
+    tensors = {f"unet.{name.removesuffix('.weight')}.lora_A.weight": torch.ones(1, weight.shape[1])}
+    tensors[f"unet.{name.removesuffix('.weight')}.lora_B.weight"] = torch.ones(weight.shape[0], 1)
+    write_safetensors(Path("l.safetensors"), tensors)
+    write_safetensors(Path("w.safetensors"), {"toyword": torch.ones(2, tiny_pipe.spec.towers[0].width)})
+    asked = ("generate", "a toyword", "--steps", 2, "--seed", 1, "-q")
+    options = {
+        "a": (),
+        "b": ("--lora", "l.safetensors:0.5"),
+        "c": ("--lora", "l.safetensors:0.0"),
+        "d": ("--embedding", "w.safetensors"),
+        "e": ("--refiner", tiny_folder, "--handoff", 0.5),
+        "f": ("--handoff", 0.5),
+    }
+    codes = {key: run(*asked, "-o", f"{key}.png", *more)[0] for key, more in options.items()}
+    assert codes == {"a": 0, "b": 0, "c": 0, "d": 0, "e": 0, "f": 2}
+    assert not equal("a.png", "b.png")
+    assert equal("a.png", "c.png")
+    assert not equal("a.png", "d.png")
+    assert equal("a.png", "e.png")  # handed over to itself
+    assert "Refiner: " in Image.open("e.png").info["parameters"]
