@@ -2,9 +2,11 @@
 
 Resume equals an uninterrupted run, bit for bit on a CPU, without saving any random state: the data of step n and its noise are pure
 functions of (seed, n), so that a resumed run draws what the uninterrupted one would have drawn.
+
+Several processes are started by `accelerate launch` or `torchrun`: `torchrun --nproc-per-node 2 -m latentdiff.cli train vae …`.
 """
 
-from __future__ import annotations
+# No postponed annotations here: the command line reads LoopConfig's types in the modules of its subclasses.
 
 import json
 import math
@@ -168,7 +170,7 @@ def fit(
     return run.ema.model  # type: ignore[return-value]  # a copy of `model`
 
 
-def _train(run: _Run, loss: Loss, stream: Iterator[Any], sample: Callable[[Any, Path], None] | None, bar: tqdm) -> None:
+def _train(run: "_Run", loss: Loss, stream: Iterator[Any], sample: Callable[[Any, Path], None] | None, bar: tqdm) -> None:
     config, main = run.config, run.accelerator.is_main_process
     began, skipped, last = time.monotonic(), 0, False
     while not last:
