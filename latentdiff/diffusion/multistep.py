@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoise
+from latentdiff.diffusion.schedules import NOISE_ALONE
 from latentdiff.diffusion.singlestep import Grid, Latents, Randn, Step, add_noise, carry, steps
 
 # -- Adams-Bashforth --
@@ -26,13 +27,13 @@ Slope = Callable[[Denoise, Tensor, Tensor, Tensor, Tensor], Tensor]  # (denoise,
 
 
 def _adams(denoise: Denoise, x: Latents, sigmas: Grid, order: int, weights: Weights, begin: Sequence[Slope] = ()) -> Iterator[Step]:
-    """x + sum of weights · slopes over the last `order` slopes; `begin` gives the slopes of the first steps instead."""
+    """x + sum of weights · slopes over the last `order` slopes. `begin` gives those of the first steps, save from noise alone."""
     slopes: list[Tensor] = []
     levels = sigmas.tolist()
     for i, s, s_next in steps(sigmas):
         x0 = denoise(x, sigmas[i])
         slopes = [(x - x0) / s, *slopes][:order]
-        if i < len(begin) and s_next > 0:
+        if i < len(begin) and s_next > 0 and s < NOISE_ALONE:
             x = x + (s_next - s) * begin[i](denoise, x, slopes[0], sigmas[i], sigmas[i + 1])
         else:
             seen = levels[max(i + 1 - len(slopes), 0) : i + 1][::-1]

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+NOISE_ALONE = 1000.0  # a sigma from which no picture shines through
 ABAR_FLOOR = 1e-10  # zero terminal SNR has sigma = inf; this floor keeps it finite (sigma = 1e5) and changes no picture
 
 
@@ -170,6 +171,16 @@ def exponential(sigma_min: float, sigma_max: float, steps: int) -> Float[Tensor,
     return torch.lerp(_end(sigma_max).log(), _end(sigma_min).log(), ramp).exp()
 
 
+def _ramp(shape: Callable[[float, float, int], Tensor], schedule: NoiseSchedule, steps: int) -> Float[Tensor, " steps"]:
+    """From the table's last level to its first. Where the last is noise alone, with a sigma of thousands (cosine, zero terminal
+    SNR), the run begins there, but the ramp at 80, as in Karras et al.: else most of its steps would go where nothing is seen.
+    """
+    low, high = schedule.sigmas[0].item(), schedule.sigmas[-1].item()
+    if high < NOISE_ALONE:
+        return shape(low, high, steps)
+    return torch.cat([_end(high).reshape(1), shape(low, 80.0, steps)[1:]])
+
+
 def _end(sigma: float) -> Tensor:
     return torch.tensor(sigma, dtype=torch.float64)
 
@@ -200,8 +211,8 @@ SPACINGS: dict[str, Spacing] = {
     "simple": lambda s, n, _: s.sigma(simple(len(s), n)),
     "lcm": lambda s, n, _: s.sigma(lcm(len(s), n)),
     "beta": lambda s, n, _: s.sigma(beta(len(s), n)),
-    "karras": lambda s, n, _: karras(s.sigmas[0].item(), s.sigmas[-1].item(), n),
-    "exponential": lambda s, n, _: exponential(s.sigmas[0].item(), s.sigmas[-1].item(), n),
+    "karras": lambda s, n, _: _ramp(karras, s, n),
+    "exponential": lambda s, n, _: _ramp(exponential, s, n),
     "ays": lambda s, n, _: ays(AYS["sd15"], n),
     "ays_sdxl": lambda s, n, _: ays(AYS["sdxl"], n),
 }

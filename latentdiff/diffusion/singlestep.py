@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoise
+from latentdiff.diffusion.schedules import NOISE_ALONE
 
 Randn = Callable[[Tensor], Tensor]  # x -> standard normal noise of x's shape, from each picture's own generator
 Latents = Float[Tensor, "b c h w"]
@@ -110,21 +111,24 @@ def euler_ancestral(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn,
 def heun(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn) -> Iterator[Step]:
     """An Euler step, then again with the mean slope of both its ends (Karras et al., arXiv 2206.00364, algorithm 1).
 
-    Order 2, two evaluations a step (one in a last step to 0), deterministic.
+    Order 2, two evaluations a step (one in a last step to 0), deterministic. The mean slope moves x by (s / s_next - 1) / 2 times
+    the change of x0, which is a thousandfold in the first step from noise alone (cosine, zero terminal SNR): there the mean of x0
+    is taken instead. diffusers has no such exception.
     """
     for i, s, s_next in steps(sigmas):
-        x0 = denoise(x, sigmas[i])
-        slope = (x - x0) / s
-        ahead = x + (s_next - s) * slope
-        if s_next > 0:
+        first = denoise(x, sigmas[i])
+        ahead = carry(x, first, s_next / s)
+        if s_next == 0:
+            x0, x = first, ahead
+        else:
             x0 = denoise(ahead, sigmas[i + 1])
-            slope = (slope + (ahead - x0) / s_next) / 2
-        x = x + (s_next - s) * slope
+            slope = ((x - first) / s + (ahead - x0) / s_next) / 2
+            x = x + (s_next - s) * slope if s < NOISE_ALONE else carry(x, (first + x0) / 2, s_next / s)
         yield Step(i, sigmas[i + 1], x, x0)
 
 
 def _midpoint(denoise: Denoise, x: Latents, sigmas: Grid, randn: Randn, eta: float, *, hold_x0: bool) -> Iterator[Step]:
-    """Half a step in log sigma, then a whole one with what is seen there held constant: the slope, or x0."""
+    """Half a step in log sigma, then a whole one with what is seen there held constant: x0, or the slope, save from noise alone."""
     for i, s, s_next in steps(sigmas):
         down, up = ancestral_split(s, s_next, eta)
         x0 = denoise(x, sigmas[i])
@@ -132,7 +136,8 @@ def _midpoint(denoise: Denoise, x: Latents, sigmas: Grid, randn: Randn, eta: flo
             mid = math.sqrt(s * down)
             halfway = carry(x, x0, mid / s)
             x0 = denoise(halfway, torch.tensor(mid, dtype=sigmas.dtype))
-            x = carry(x, x0, down / s) if hold_x0 else x + (down - s) / mid * (halfway - x0)
+            held = hold_x0 or s >= NOISE_ALONE
+            x = carry(x, x0, down / s) if held else x + (down - s) / mid * (halfway - x0)
         else:
             x = x0
         x = add_noise(x, up, randn)
@@ -142,7 +147,8 @@ def _midpoint(denoise: Denoise, x: Latents, sigmas: Grid, randn: Randn, eta: flo
 def dpm2(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn) -> Iterator[Step]:
     """The midpoint rule for the slope: DPM-Solver-2 (Lu et al., arXiv 2206.00927, algorithm 1).
 
-    Order 2, two evaluations a step (one in a last step to 0), deterministic.
+    Order 2, two evaluations a step (one in a last step to 0), deterministic. From noise alone x0 is held
+    instead of the slope: see `heun`.
     """
     return _midpoint(denoise, x, sigmas, randn, 0.0, hold_x0=False)
 

@@ -61,7 +61,7 @@ def loaded(folder, tmp_path, request):
         if request.param == "single file":
             save_single(load_parts(path), tmp_path / f"{name}.safetensors")
             path = tmp_path / f"{name}.safetensors"
-        return latentdiff.load(path, device="cpu")
+        return latentdiff.load(path, device="cpu", dtype="float32")
 
     return load
 
@@ -113,7 +113,7 @@ def test_base_and_refiner(folder, handoff):
     """The base's state at a noise level is where the refiner goes on."""
     import diffusers
 
-    base, second = (latentdiff.load(folder(name), device="cpu") for name in ("sdxl", "sdxl-refiner"))
+    base, second = (latentdiff.load(folder(name), device="cpu", dtype="float32") for name in ("sdxl", "sdxl-refiner"))
     asked = {"prompt": PROMPT, "negative": "a dog", "guidance": 5.0, "steps": 10, "seed": 7, "size": SIDE, "handoff": handoff}
     latents = []
     decode = type(second).decode
