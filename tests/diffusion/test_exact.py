@@ -11,8 +11,7 @@ def test_the_denoiser_is_the_posterior_mean():
     mixture = Mixture()
     x0 = torch.linspace(-8, 8, 200_001, dtype=torch.float64)
     prior = sum(
-        w / s * (-(((x0 - m) / s) ** 2) / 2).exp()
-        for m, s, w in zip(mixture.means, mixture.stds, mixture.weights, strict=True)
+        w / s * (-(((x0 - m) / s) ** 2) / 2).exp() for m, s, w in zip(mixture.means, mixture.stds, mixture.weights, strict=True)
     )
     for sigma in (0.05, 0.7, 5.0):
         for x in (-3.0, -0.4, 0.0, 1.9):
