@@ -10,7 +10,7 @@ import torch
 
 from latentdiff.diffusion.exact import Mixture
 from latentdiff.diffusion.samplers import FACTS, SAMPLERS, bind, resolve, rows
-from latentdiff.diffusion.schedules import SPACINGS, grid, karras, scaled_linear
+from latentdiff.diffusion.schedules import SPACINGS, cosine, grid, karras, scaled_linear, zero_snr
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 STOCHASTIC = [name for name, facts in FACTS.items() if facts.stochastic]
@@ -338,6 +338,18 @@ def test_float32_state_and_grid_are_enough(name, noise):
     single = last_of(SAMPLERS[name](denoise, x, sigmas, randn=randn_of([1]))).x
     double = last_of(SAMPLERS[name](denoise, x.double(), sigmas.double(), randn=randn_of([1]))).x
     torch.testing.assert_close(single.double(), double, rtol=0, atol=2e-4)
+
+
+@every_sampler
+@pytest.mark.parametrize("schedule", [cosine(), zero_snr(scaled_linear())], ids=["cosine", "zero_snr"])
+@pytest.mark.parametrize("spacing", ["trailing", "karras"])
+def test_runs_may_start_from_noise_alone(name, schedule, spacing, noise):
+    """A first level of 2e4 or 1e5, and a first step by a factor of thousands: the result still lies where the data do."""
+    sigmas = grid(schedule, 16, spacing)
+    assert sigmas[0] > 1e4
+    assert sigmas[1] < 100
+    last = last_of(bind(name, schedule)(denoise, noise(1, 3, 8, 8).float() * sigmas[0], sigmas, randn=randn_of([1])))
+    assert last.x.abs().max() < 4.5
 
 
 def test_one_rule_has_several_names(noise):

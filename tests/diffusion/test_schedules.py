@@ -132,6 +132,15 @@ def test_exponential_is_geometric():
     assert exponential(0.01, 100.0, 5).tolist() == pytest.approx([100, 10, 1, 0.1, 0.01], rel=1e-12)
 
 
+def test_ramps_leave_out_what_is_noise_alone():
+    for name, shape in (("karras", karras), ("exponential", exponential)):
+        schedule, seen = cosine(), linear().sigmas
+        sigmas = grid(schedule, 10, name)
+        assert sigmas[0] == schedule.sigmas[-1].float()
+        assert torch.equal(sigmas[1:-1], shape(schedule.sigmas[0].item(), 80.0, 10)[1:].float())
+        assert torch.equal(grid(linear(), 10, name)[:-1], shape(seen[0].item(), seen[-1].item(), 10).float())
+
+
 def test_ays_is_the_published_list_at_10_steps_and_log_linear_between():
     for name, spacing in (("sd15", "ays"), ("sdxl", "ays_sdxl")):
         assert grid(scaled_linear(), 10, spacing).tolist() == pytest.approx([*AYS[name][:10], 0], rel=1e-6)
