@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,6 +21,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from latentdiff.checkpoints.files import write_text
@@ -124,6 +126,11 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native_bf16()))
 
 
+def quick_attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU, attention over few tokens as plain products: the backward pass of the fused kernel is several times slower there."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
 def learning_rate(config: LoopConfig, step: int) -> float:
     """Linear warm-up to lr, then half a cosine down to lr · lr_end at `steps`. step counts from 0."""
     if step < config.warmup:
@@ -222,9 +229,10 @@ class _Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # dropout and the like
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        with autocast(self.config.precision, self.accelerator.device):
-            value, metrics = loss(self.model, batch, generator(self.config, self.step, rank))
-        self.accelerator.backward(value)
+        with quick_attention(self.accelerator.device):
+            with autocast(self.config.precision, self.accelerator.device):
+                value, metrics = loss(self.model, batch, generator(self.config, self.step, rank))
+            self.accelerator.backward(value)
         norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.clip_grad)
         seen = self.accelerator.reduce(torch.stack([value.detach().float(), norm.float()]), "mean")
         mean, mean_norm = seen.tolist()  # type: ignore[union-attr]
