@@ -46,7 +46,7 @@ class CLIPTraining(LoopConfig):
     length: int = 32
     """Tokens the text tower reads at once, begin and end included."""
     freeze_text: bool = False
-    """Train the image tower alone (Zhai et al., arXiv 2111.07991): for when a U-Net already listens to the text tower."""
+    """Leave the text tower as it is (Zhai et al., arXiv 2111.07991): for when a U-Net already listens to it."""
     start: Path | None = None
     """Begin with the CLIP of this model folder, its sizes and its vocabulary, instead of new weights."""
 
@@ -137,8 +137,7 @@ def train_clip(config: CLIPTraining) -> Any:
     words = _vocabulary(config, source)
     clip = build_clip(config, words) if config.start is None else load_clip(config.start).train().requires_grad_()
     if config.freeze_text:
-        for part in (clip.text_model, clip.text_projection):  # type: ignore[union-attr]
-            part.requires_grad_(False)
+        clip.text_model.requires_grad_(False)  # type: ignore[union-attr]
 
     def stream(start: int, rank: int, world: int) -> Iterator[Any]:
         shared.rank, shared.world_size = rank, world
