@@ -149,7 +149,7 @@ def generate(
     device
         cpu, cuda, mps, …; without it, the best that there is.
     dtype
-        Of the networks; without it float32 on a CPU, float16 elsewhere.
+        Of the networks; without it what the device does best, which doctor tells.
     prediction
         What the U-Net predicts, where the model's files do not say.
     vae
@@ -291,7 +291,7 @@ def edit(
     device
         cpu, cuda, mps, …; without it, the best that there is.
     dtype
-        Of the networks; without it float32 on a CPU, float16 elsewhere.
+        Of the networks; without it what the device does best, which doctor tells.
     quiet
         No progress bar.
     """

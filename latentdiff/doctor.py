@@ -97,11 +97,13 @@ def choice() -> Finding:
     device = best_device()
     dtype = str(best_dtype(device)).removeprefix("torch.")
     why = {
-        "cpu": "no GPU that torch can use; bfloat16 can be a third faster on new CPUs, and is less exact",
-        "cuda": "half the memory and several times the speed; what overflows is computed again in float32",
-        "mps": "half the memory; what overflows is computed again in float32",
+        "cpu float32": "no GPU that torch can use; this CPU has no instructions for bfloat16 (AVX512-BF16 or AMX)",
+        "cpu bfloat16": "no GPU that torch can use; this CPU has instructions for bfloat16; float32 is slower and exact",
+        "cuda bfloat16": "half the memory and several times the speed of float32, with its range",
+        "cuda float16": "half the memory and more speed; what overflows is computed again in float32",
+        "mps float16": "half the memory; what overflows is computed again in float32",
     }
-    return Finding("choice", f"{device.type} in {dtype}: {why[device.type]}")
+    return Finding("choice", f"{device.type} in {dtype}: {why[f'{device.type} {dtype}']}")
 
 
 def threads() -> Finding:

@@ -206,4 +206,4 @@ def tiny_pipe(tiny_folder: Path) -> Any:
     """The tiny model, loaded on the CPU."""
     import latentdiff
 
-    return latentdiff.load(tiny_folder, device="cpu")
+    return latentdiff.load(tiny_folder, device="cpu", dtype="float32")

@@ -58,7 +58,7 @@ def equal(path, image: Image.Image) -> bool:
 
 
 def test_the_command_edits_by_words(folder, tiny_folder, tiny_pipe, capsys):
-    common = ("-m", tiny_folder, "--device", "cpu", "--steps", 3, "--seed", 5, "-q")
+    common = ("-m", tiny_folder, "--dtype", "float32", "--device", "cpu", "--steps", 3, "--seed", 5, "-q")
     asked = ("photo.png", "--from", "a cat", "--to", "a red dog", "--region", "cat", "dog", "--cross", 0.5, "--self-attention", 0.2)
     assert run(*asked, "--words", "refine", "--sheet", "sheet.png", "-o", "out.png", *common) == 0
     assert capsys.readouterr().out == "out.png  seed 5\n"
@@ -71,7 +71,7 @@ def test_the_command_edits_by_words(folder, tiny_folder, tiny_pipe, capsys):
 
 
 def test_without_from_the_command_inpaints(folder, tiny_folder, tiny_pipe):
-    common = ("-m", tiny_folder, "--device", "cpu", "--steps", 3, "--seed", 5, "-q", "-o", "out.png")
+    common = ("-m", tiny_folder, "--dtype", "float32", "--device", "cpu", "--steps", 3, "--seed", 5, "-q", "-o", "out.png")
     assert run("photo.png", "--to", "a dog", "--mask", "mask.png", "--padding", 4, "--blur", 2, *common) == 0
     mask = Image.open("mask.png")
     assert equal("out.png", tiny_pipe("a dog", image=photo(), mask=mask, padding=4, blur=2, steps=3, seed=5, progress=False)[0])

@@ -83,7 +83,7 @@ def theirs(kind: str, folder, **options) -> np.ndarray:
 @pytest.mark.parametrize(("steps", "strength"), [(8, 0.75), (5, 0.6), (10, 0.31)])
 def test_img2img_is_diffusers_own(tiny_parts, tmp_path, prediction, steps, strength):
     save_folder(tiny_parts(**SD | {"prediction": prediction}), tmp_path / "m")
-    pipe = latentdiff.load(tmp_path / "m", device="cpu")
+    pipe = latentdiff.load(tmp_path / "m", device="cpu", dtype="float32")
     z = pipe.encode(I.to_tensor([photo()]))
     asked = {"negative": "a dog", "steps": steps, "guidance": 7.5, "seed": 7}
     ours = floats(pipe, "a cat", image=photo(), strength=strength, exact=False, **asked)
@@ -99,7 +99,7 @@ def test_img2img_is_diffusers_own(tiny_parts, tmp_path, prediction, steps, stren
 @pytest.mark.parametrize(("steps", "strength"), [(8, 0.75), (10, 0.99)])
 def test_inpainting_with_any_model_is_diffusers_own(tiny_parts, tmp_path, steps, strength):
     save_folder(tiny_parts(**SD), tmp_path / "m")
-    pipe = latentdiff.load(tmp_path / "m", device="cpu")
+    pipe = latentdiff.load(tmp_path / "m", device="cpu", dtype="float32")
     mask, z = white_box((32, 32), (8, 12, 28, 24)), pipe.encode(I.to_tensor([photo()]))
     ours = floats(pipe, "a cat", image=photo(), mask=mask, strength=strength, exact=False, steps=steps, guidance=5.0, seed=7)
     other = theirs(
@@ -113,7 +113,7 @@ def test_inpainting_with_any_model_is_diffusers_own(tiny_parts, tmp_path, steps,
 @pytest.mark.parametrize("strength", [0.75, 1.0])
 def test_a_nine_channel_model_inpaints_as_in_diffusers(tiny_parts, tmp_path, strength):
     save_folder(with_channels(tiny_parts, 9), tmp_path / "m")
-    pipe = latentdiff.load(tmp_path / "m", device="cpu")
+    pipe = latentdiff.load(tmp_path / "m", device="cpu", dtype="float32")
     mask = white_box((32, 32), (8, 12, 28, 24))
     found = origin.canvas(photo(), mask, native=32, factor=4)
     z, hidden = pipe.encode(I.to_tensor([photo()])), pipe.encode(origin.without_masked([found], [photo()]))
@@ -128,7 +128,7 @@ def test_a_nine_channel_model_inpaints_as_in_diffusers(tiny_parts, tmp_path, str
 @pytest.mark.oracle
 def test_an_instruct_model_edits_as_in_diffusers(tiny_parts, tmp_path):
     save_folder(with_channels(tiny_parts, 8), tmp_path / "m")
-    pipe = latentdiff.load(tmp_path / "m", device="cpu")
+    pipe = latentdiff.load(tmp_path / "m", device="cpu", dtype="float32")
     ours = floats(pipe, "a cat", negative="a dog", image=photo(), image_guidance=1.7, guidance=6.0, steps=8, seed=7)
     other = theirs(
         "StableDiffusionInstructPix2PixPipeline", tmp_path / "m", prompt="a cat", negative_prompt="a dog", image=photo(),

@@ -72,7 +72,7 @@ def float_pictures(pipe, *args, **options) -> np.ndarray:
 @pytest.mark.parametrize(("steps", "guidance", "eta"), [(5, 7.5, 0.0), (4, 1.0, 0.0), (8, 3.0, 0.7)])
 def test_the_picture_is_diffusers_own(tiny_parts, tmp_path, changes, steps, guidance, eta):
     save_folder(tiny_parts(**changes), tmp_path / "m")
-    pipe = latentdiff.load(tmp_path / "m", device="cpu")
+    pipe = latentdiff.load(tmp_path / "m", device="cpu", dtype="float32")
     asked = {"steps": steps, "guidance": guidance, "seed": 7, "eta": eta, "n": 2}
     ours = float_pictures(pipe, "a cat, flat style", negative="a dog", **asked)
     theirs = through_diffusers(tmp_path / "m", "a cat, flat style", "a dog", **asked)
@@ -86,7 +86,7 @@ def test_the_picture_of_an_xl_model_is_diffusers_own(tiny_parts, tmp_path):
     """Two towers, pooled text, sizes, zeros for the absent negative."""
     parts = tiny_parts(**xl(tiny_parts))
     save_folder(parts, tmp_path / "m")
-    pipe = latentdiff.load(tmp_path / "m", device="cpu")
+    pipe = latentdiff.load(tmp_path / "m", device="cpu", dtype="float32")
     for negative in (None, "a dog"):
         ours = float_pictures(pipe, "a cat", negative=negative, steps=4, seed=1, guidance=5.0)
         theirs = through_diffusers(tmp_path / "m", "a cat", negative, steps=4, guidance=5.0, seed=1)
@@ -150,7 +150,7 @@ def test_the_same_call_gives_the_same_bytes_after_another_and_in_another_process
     assert all(map(same, first, tiny_pipe("a cat", seed=3, n=2, sampler="ddpm", **FEW)))
     code = (
         f"import latentdiff, torch; torch.set_num_threads({torch.get_num_threads()})\n"
-        f"pipe = latentdiff.load({str(tiny_folder)!r}, device='cpu')\n"
+        f"pipe = latentdiff.load({str(tiny_folder)!r}, device='cpu', dtype='float32')\n"
         "print(*[i.tobytes().hex() for i in pipe('a cat', seed=3, n=2, sampler='ddpm', steps=3, progress=False)])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -467,7 +467,7 @@ def test_without_a_path_the_embedded_model_is_meant(tiny_folder, tmp_path, monke
         latentdiff.load()
     os.symlink(tiny_folder, checkout / "weights")
     assert loading.embedded() == checkout / "weights"
-    assert latentdiff.load(device="cpu").title == "embedded"
+    assert latentdiff.load(device="cpu", dtype="float32").title == "embedded"
     os.symlink(tiny_folder, checkout / "latentdiff" / "weights")  # an installed package brings its own
     assert loading.embedded() == checkout / "latentdiff" / "weights"
 
@@ -488,7 +488,7 @@ def test_bad_arguments_of_load(tiny_folder, bad, message):
 
 
 def test_the_users_word_on_the_prediction_counts(tiny_folder, tiny_pipe):
-    other = latentdiff.load(tiny_folder, device="cpu", prediction="eps")
+    other = latentdiff.load(tiny_folder, device="cpu", dtype="float32", prediction="eps")
     assert other.spec.prediction == "eps"
     assert not same(other("a cat", seed=1, **FEW)[0], tiny_pipe("a cat", seed=1, **FEW)[0])
 

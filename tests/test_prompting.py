@@ -281,7 +281,7 @@ def test_few_step_models_by_their_scheduler_file_alone(name, changes, steps, tin
     sampling = SamplingSpec(spacing="trailing", steps_offset=0, final="zero", sampler=sampler, steps=4, guidance=1.0)
     parts = tiny_parts(prediction="eps", schedule=ScheduleSpec(), sampling=sampling, unet=replace(spec.unet, **changes))
     save_folder(parts, tmp_path / "m")
-    pipe = latentdiff.load(tmp_path / "m", device="cpu")
+    pipe = latentdiff.load(tmp_path / "m", device="cpu", dtype="float32")
     assert (pipe.spec.sampling.sampler, pipe.spec.sampling.steps) == (sampler, 4)
     guidance = 8.0 if changes else 1.0
     assert pipe.spec.sampling.guidance == guidance

@@ -23,7 +23,7 @@ COLOURS = {"a red thing": (220, 0, 0), "a green thing": (0, 220, 0), "a blue thi
 def config(drawings_folder: Path, judged_folder: Path, tmp_path: Path) -> Evaluation:
     return Evaluation(
         data=drawings_folder, model=str(judged_folder), out=tmp_path / "out", prompts=3, pictures=4, steps=2, device="cpu",
-        progress=False,
+        dtype="float32", progress=False,
     )  # fmt: skip
 
 

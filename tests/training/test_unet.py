@@ -221,7 +221,7 @@ def test_ends_with_a_model_that_loads_and_draws(runs: Any, config: UNetTraining)
     assert (parts.spec.sampling.spacing, parts.spec.sampling.final) == ("trailing", "zero")
     assert parts.tokenizers[0].length == 12
     assert parts.clip is not None
-    pipeline = pytest.importorskip("latentdiff.loading").load(config.out / "model", device="cpu")
+    pipeline = pytest.importorskip("latentdiff.loading").load(config.out / "model", device="cpu", dtype="float32")
     picture = pipeline("a red disc", steps=2, seed=0, progress=False)[0]
     assert picture.size == (16, 16)
     assert (config.out / "samples" / "step-00000007.png").is_file()
@@ -233,7 +233,7 @@ def test_diffusers_opens_what_was_trained_and_draws_the_same(config: UNetTrainin
     train_unet(config)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(config.out / "model", safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
-    ours = pytest.importorskip("latentdiff.loading").load(config.out / "model", device="cpu")
+    ours = pytest.importorskip("latentdiff.loading").load(config.out / "model", device="cpu", dtype="float32")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     wanted = theirs("a red disc", latents=noise, num_inference_steps=4, height=16, width=16, output_type="np").images[0]
     found = ours("a red disc", steps=4, seed=5, progress=False)[0]
