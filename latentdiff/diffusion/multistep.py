@@ -74,7 +74,8 @@ def _adams_bashforth(seen: Sequence[float], s_next: float) -> list[float]:
 def ipndm(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn) -> Iterator[Step]:
     """Adams-Bashforth weights for equal steps, of rising order over the first: improved PNDM (Zhang & Chen, arXiv 2204.13902).
 
-    Order 2 where steps differ in length, 4 slopes, one evaluation a step, deterministic.
+    Order 2 where steps differ in length, 4 slopes, one evaluation a step, deterministic. diffusers has the same rule, on a grid of
+    its own alone.
     """
     return _adams(denoise, x, sigmas, 4, _adams_bashforth)
 
@@ -208,7 +209,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn, et
     """3M on the reverse SDE, as in k-diffusion.
 
     Order 1 (2 at eta = 0), one evaluation a step, stochastic. diffusers has -1/2 where the weight of the second difference has
-    +1/2.
+    +1/2, and is the same otherwise.
     """
     return _dpmpp(denoise, x, sigmas, randn, 3, eta, midpoint=False)
 

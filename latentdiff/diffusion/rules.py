@@ -119,7 +119,8 @@ def apg(scale: float, parallel: float = 0.0, norm: float = math.inf) -> Rule:
 def autoguidance(weak: Denoiser, scale: float) -> Rule:
     """Away from what a weaker model makes of the same prompt: weak + scale · (prompt - weak) (Karras et al., arXiv 2406.02507).
 
-    Costs an estimate of the weak model, which is often a small one.
+    Costs an estimate of the weak model, which is often a small one. Text cannot hold a model: a recipe with this rule says so when
+    it is read back.
     """
     _check("scale", scale)
     view = View(model=weak)
@@ -241,6 +242,8 @@ def rule(text: str) -> Rule:
                     return first + second
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in RULES:
                 return RULES[name](*(read(arg) for arg in args))
+            case ast.Call(func=ast.Name(id="autoguidance")):
+                raise ValueError("autoguidance needs its weaker model, which text cannot hold: give the rule as an object")
         raise ValueError
 
     try:

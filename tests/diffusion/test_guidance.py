@@ -336,6 +336,13 @@ def test_a_bad_rule_is_named(text):
         rule(text)
 
 
+def test_a_recipe_with_a_second_model_says_what_is_missing(network):
+    text = (cfg(3.0) + autoguidance(Denoiser(network, scaled_linear(), "eps"), 2.0)).text
+    assert text == "cfg(3) + autoguidance(2)"
+    with pytest.raises(ValueError, match=r"got 'cfg\(3\) \+ autoguidance\(2\)' \(autoguidance needs its weaker model"):
+        rule(text)
+
+
 PIECES = ["cfg(", "pag(", ")", "3", ",", "+", "interval(", "inf", "-"]
 
 

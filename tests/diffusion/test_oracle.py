@@ -6,6 +6,7 @@ so that what is compared are the rules.
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from functools import partial
@@ -14,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from latentdiff.diffusion import multistep
 from latentdiff.diffusion.denoiser import consistency
 from latentdiff.diffusion.samplers import SAMPLERS, bind
 from latentdiff.diffusion.schedules import grid, scaled_linear
@@ -44,7 +46,8 @@ def scheduler(monkeypatch):
         for used in ("torch", "np"):
             if hasattr(module, used):
                 monkeypatch.setattr(module, used, Double(getattr(module, used)))
-        return cls(**BETAS | config)
+        taken = inspect.signature(cls.__init__).parameters
+        return cls(**{key: value for key, value in BETAS.items() if key in taken} | config)
 
     return make
 
@@ -200,6 +203,43 @@ def test_dpmpp_multistep(sampler, config, steps, final, scheduler):
     )
     theirs.set_timesteps(steps)
     compare_in_z(theirs, sampler, theirs.sigmas, noisy="algorithm_type" in config)
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("steps", [2, 3, 13])
+def test_dpmpp_3m_sde_but_for_the_sign_that_its_docstring_names(steps, final, scheduler, monkeypatch):
+    """Where ours and k-diffusion's add half of the second difference, theirs takes half of it away; all else is equal."""
+    correction = multistep._dpmpp_correction
+
+    def with_their_sign(history, h, decay, *, midpoint):
+        found = correction(history, h, decay, midpoint=midpoint)
+        if len(history) < 3:
+            return found
+        (l0, m0), (l1, m1), (l2, m2) = history
+        return found - ((m0 - m1) / (l0 - l1) - (m1 - m2) / (l1 - l2)) * h**2 / (l0 - l2)
+
+    monkeypatch.setattr(multistep, "_dpmpp_correction", with_their_sign)
+    theirs = scheduler(
+        "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_order=3, solver_type="heun",
+        final_sigmas_type=final, lower_order_final=False, timestep_spacing="trailing",
+    )  # fmt: skip
+    theirs.set_timesteps(steps)
+    compare_in_z(theirs, SAMPLERS["dpmpp_3m_sde"], theirs.sigmas, noisy=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 13])
+def test_ipndm(steps, scheduler):
+    """Theirs makes eps of a v prediction, and knows z's share of noise as `betas`, by default a sine's; here those of our grid."""
+    sigmas = grid(scaled_linear(), steps, "trailing").double()
+    roots = (1 + sigmas**2).sqrt()
+    theirs = scheduler("IPNDMScheduler", trained_betas=(sigmas / roots).tolist())
+    theirs.set_timesteps(steps)
+    x = start(sigmas[0])
+    z = x / roots[0]
+    for t, s, root in zip(theirs.timesteps, sigmas, roots, strict=False):
+        e = eps(z, s.item())
+        z = theirs.step((e - s * (z * root - s * e)) / root, t, z).prev_sample
+    torch.testing.assert_close(last_of(SAMPLERS["ipndm"](denoise, x, sigmas, randn=None)), z, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 13])
