@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -74,6 +75,9 @@ class UNetTraining(LoopConfig):
     """Noise levels of training."""
     drop: float = 0.1
     """Chance that a caption is dropped, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598, algorithm 1)."""
+    levels: tuple[float, float] | None = None
+    """Mean and standard deviation of logit(t / T), to train most at the levels where shapes are decided (Esser et al., arXiv
+    2403.03206, equation 19); None for all levels alike."""
     min_snr: float | None = None
     """gamma of the min-SNR weights; None for the plain loss, which v needs at the noisiest levels (their min-SNR weight is 0)."""
     start: Path | None = None
@@ -91,6 +95,8 @@ class UNetTraining(LoopConfig):
             raise ValueError(f"pictures and prompts must be at least one, got {self.pictures!r} and {self.prompts!r}")
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must lie in [0, 1], got {self.drop!r}")
+        if self.levels is not None and not (all(map(math.isfinite, self.levels)) and self.levels[1] > 0):
+            raise ValueError(f"levels must be a number and a positive one, or None, got {self.levels!r}")
         if self.min_snr is not None and not self.min_snr > 0:
             raise ValueError(f"min_snr must be a positive number or None, got {self.min_snr!r}")
 
@@ -137,7 +143,7 @@ def train_unet(config: UNetTraining) -> UNet:
         noise = torch.randn(n, *latents.mean.shape[1:], generator=generator)
         x0 = (latents.mean[batch] + latents.std[batch] * noise) * vae.config.scale
         eps = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(len(schedule), (n,), generator=generator)
+        t = draw_levels(config.levels, len(schedule), n, generator)
         caption = latents.caption[batch].masked_fill(torch.rand(n, generator=generator) < config.drop, -1)
         cond = Cond(contexts.states[caption].float().to(device))
         weight = None if config.min_snr is None else min_snr(schedule, config.prediction, t, config.min_snr).to(device)
@@ -158,6 +164,15 @@ def train_unet(config: UNetTraining) -> UNet:
     parts = Parts(spec=spec, unet=trained, vae=vae, text_encoders=(tower,), tokenizers=(words,), title=config.out.name, clip=rest)
     once(lambda: save_folder(parts, config.out / "model"))
     return trained
+
+
+def draw_levels(levels: tuple[float, float] | None, steps: int, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
+    """n of the levels 0 … steps - 1, as `UNetTraining.levels` wants them."""
+    if levels is None:
+        return torch.randint(steps, (n,), generator=generator)
+    mean, std = levels
+    share = torch.sigmoid(mean + std * torch.randn(n, generator=generator))
+    return (share * steps).long().clamp(max=steps - 1)
 
 
 def begin(config: UNetTraining, sizes: UNetConfig) -> UNet:

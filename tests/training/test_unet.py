@@ -15,7 +15,16 @@ from latentdiff.checkpoints.io import load_parts, load_vae
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.training import unet as trainer
 from latentdiff.training.data import batches, open_source
-from latentdiff.training.unet import UNetTraining, encode_captions, encode_pictures, load_tower, order, origin, train_unet
+from latentdiff.training.unet import (
+    UNetTraining,
+    draw_levels,
+    encode_captions,
+    encode_pictures,
+    load_tower,
+    order,
+    origin,
+    train_unet,
+)
 from latentdiff.training.vae import to_float
 
 SIZES: dict[str, Any] = {"size": 16, "widths": (8, 16), "attention": (False, True), "head_width": 8, "groups": 4, "warmup": 0}
@@ -161,6 +170,17 @@ def test_the_network_sees_every_level_and_unit_variance(config: UNetTraining, mo
     assert sum(losses) / len(losses) == pytest.approx(1, abs=0.1)  # v has the variance of x0 and eps
 
 
+def test_levels_follow_the_logit_normal_density() -> None:
+    t = draw_levels((0.8, 1.2), 1000, 100_000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0
+    assert t.max() <= 999
+    logit = torch.logit((t.double() + 0.5) / 1000)
+    assert logit.mean().item() == pytest.approx(0.8, abs=0.02)
+    assert logit.std().item() == pytest.approx(1.2, abs=0.02)
+    edge = draw_levels((50.0, 1.0), 1000, 100, torch.Generator().manual_seed(0))  # sigmoid rounds to 1 there
+    assert edge.unique().tolist() == [999]
+
+
 def test_the_loss_is_the_denoisers(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
     """eps, v and x0, with and without min-SNR weights: what is minimised is what `Denoiser.loss` gives."""
     calls = []
@@ -276,6 +296,7 @@ def test_a_run_is_not_resumed_on_another_text_tower(config: UNetTraining, clip_f
         ({"pictures": 0}, "pictures and prompts must be at least one, got 0"),
         ({"prompts": ()}, r"pictures and prompts must be at least one, got 13 and \(\)"),
         ({"drop": 1.5}, r"drop must lie in \[0, 1\], got 1.5"),
+        ({"levels": (0.0, 0.0)}, r"levels must be a number and a positive one, or None, got \(0.0, 0.0\)"),
         ({"min_snr": 0.0}, "min_snr must be a positive number or None, got 0.0"),
         ({"lr": -1.0}, "lr must be a positive number, got -1.0"),
     ],
