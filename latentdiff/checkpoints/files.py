@@ -9,6 +9,7 @@ import mmap
 import os
 import shutil
 import struct
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,10 @@ class Entry:
     shape: tuple[int, ...]
     start: int = field(default=0, compare=False)  # byte in the file
 
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -68,7 +73,7 @@ class TensorFile:
 
     @property
     def bytes(self) -> int:
-        return sum(e.dtype.itemsize * prod(e.shape) for e in self.entries.values())
+        return sum(entry.bytes for entry in self.entries.values())
 
 
 def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
@@ -96,18 +101,33 @@ def open_tensors(path: Path, *, allow_pickle: bool = False) -> TensorFile:
 
 
 def open_safetensors(path: Path) -> TensorFile:
-    """A safetensors file; its tensors are the mapped file itself, and writing to one leaves the file alone."""
+    """A safetensors file; its tensors are the mapped file itself, and writing to one leaves the file alone.
+
+    Where the last use of a tensor ends, as when a copy in another dtype takes its place, its pages leave the memory.
+    """
     header, metadata = read_header(path)
     with path.open("rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    in_use: weakref.WeakValueDictionary[str, memoryview] = weakref.WeakValueDictionary()  # one view of a tensor at a time
 
     def get(name: str) -> Tensor:
         entry = header[name]
         if 0 in entry.shape:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(data, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start).view(entry.shape)
+        if (view := in_use.get(name)) is None:
+            view = in_use[name] = memoryview(data)[entry.start : entry.start + entry.bytes]
+            weakref.finalize(view, _forget, data, entry).atexit = False
+        return torch.frombuffer(view, dtype=entry.dtype).view(entry.shape)
 
     return TensorFile(path, header, get, metadata)
+
+
+def _forget(data: mmap.mmap, entry: Entry) -> None:
+    """Give back the pages that hold nothing but this tensor; who wants it again reads it from the file again."""
+    first = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (entry.start + entry.bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

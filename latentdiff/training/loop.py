@@ -127,7 +127,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def quick_attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU, attention over few tokens as plain products: the backward pass of the fused kernel is several times slower there."""
+    """On a CPU, attention as plain products: for few tokens the fused kernel's backward pass takes several times as long."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 

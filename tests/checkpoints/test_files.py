@@ -75,6 +75,46 @@ def test_a_tensor_is_the_mapped_file_and_writing_to_it_leaves_the_file_alone(goo
     assert torch.equal(open_tensors(good).get("b"), TENSORS["b"])
 
 
+def test_all_tensors_of_one_name_are_one(good):
+    file = open_tensors(good)
+    a, b = file.get("b"), file.get("b")
+    a.fill_(7)
+    del a
+    assert torch.equal(b, torch.full((2, 3), 7.0))
+
+
+def resident(path: Path) -> float:
+    """How many MiB of a mapped file are in memory as they are in the file."""
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = line.endswith(str(path))
+        elif here and line.startswith(("Shared_Clean:", "Private_Clean:")):
+            found += int(line.split()[1])
+    return found / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_pages_leave_the_memory_with_the_last_use_of_their_tensor(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {name: torch.ones(4, 1 << 20) for name in "abc"})  # 16 MiB each
+    file = open_tensors(path)
+    tensors = [file.get(name) for name in "abc"]
+    assert all(t.sum() > 0 for t in tensors)
+    assert resident(path) == pytest.approx(48, abs=0.1)
+    quarter, changed = tensors[0].chunk(4)[1], tensors[1][0]
+    changed.fill_(2)
+    assert resident(path) == pytest.approx(44, abs=0.1)  # what was written to is a copy
+    tensors.clear()
+    assert resident(path) == pytest.approx(28, abs=0.1)  # a and b, each used in part
+    assert quarter.eq(1).all()
+    assert changed.eq(2).all()
+    del quarter
+    assert resident(path) == pytest.approx(12, abs=0.1)
+    assert changed.eq(2).all()
+    assert file.get("a").eq(1).all()
+
+
 FAULTY_BYTES = {
     "empty": (b"", "is empty .0 bytes.; download or copy it again"),
     "html": (b"\n<!DOCTYPE html><html><body>Not found", "HTML or XML page, not weights"),
