@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.diffusion.exact import Mixture
-from latentdiff.diffusion.samplers import FACTS, SAMPLERS, resolve
+from latentdiff.diffusion.samplers import FACTS, SAME, SAMPLERS, resolve
 from latentdiff.diffusion.schedules import karras
 from latentdiff.images import tile
 
@@ -77,7 +77,7 @@ def plot_convergence(path: str | Path, samplers: Sequence[str] | None = None, co
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError('the plot needs matplotlib: pip install "latentdiff[eval]"') from None
-    found = {name: line for name, line in convergence(samplers, counts).items() if name != "euler" or samplers}  # the same as ddim
+    found = {name: line for name, line in convergence(samplers, counts).items() if name not in SAME or samplers}
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.add_subplot()
     for k, (name, line) in enumerate(sorted(found.items(), key=lambda item: -item[1][-1][1])):

@@ -36,7 +36,7 @@ from latentdiff.diffusion.singlestep import (
     tcd,
 )
 
-__all__ = ["FACTS", "SAMPLERS", "Facts", "Randn", "Sampler", "Step", "bind", "resolve", "rows"]
+__all__ = ["FACTS", "SAME", "SAMPLERS", "Facts", "Randn", "Sampler", "Step", "bind", "resolve", "rows"]
 
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddpm": ddpm,
@@ -61,6 +61,8 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
     "lcm": lcm,
     "tcd": tcd,
 }
+
+SAME = {"euler": "ddim", "euler_ancestral": "ddpm"}  # one rule under two names: what is measured of the one holds for the other
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ from tqdm import tqdm
 
 from latentdiff import __version__
 from latentdiff.checkpoints.files import write_json, write_text
-from latentdiff.diffusion.samplers import FACTS, SAMPLERS, resolve
+from latentdiff.diffusion.samplers import FACTS, SAME, SAMPLERS, resolve
 from latentdiff.evaluation.clip_score import ClipScorer, clip_score, ranks, top
 from latentdiff.evaluation.fid import frechet_distance, kernel_distance
+from latentdiff.evaluation.kept import Kept, fingerprint
 from latentdiff.images import parse_parameters, save_image, tile, to_pil, to_tensor
 from latentdiff.loading import embedded, load
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.data import open_source
 from latentdiff.training.drawings import Drawings
 
-CHUNK = 16  # prompts a call of the pipeline: between two of them the bar moves
+BATCH = 16  # pictures in one network call: on a CPU at a third of the time of one by one, and equal to them but for rounding
 SHOWN = 64  # pictures in the sheet
 
 MEANINGS = {
@@ -72,14 +73,14 @@ class Evaluation:
     """Sampler."""
     seed: int = 0
     """Of the choice of prompts, and of the first picture; the next has the next."""
-    batch: int | None = None
-    """Pictures in one network call."""
+    batch: int = BATCH
+    """Pictures in one network call; on a GPU 128 is faster."""
     samplers: tuple[str, ...] = ()
-    """Samplers to compare, each at each of `sampler_steps`; "all" for all."""
+    """Samplers to compare, each at each of `sampler_steps`; "all" for all, those of one rule measured once."""
     sampler_steps: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
     """Step counts at which samplers are compared."""
     sampler_pictures: int = 100
-    """Pictures to generate for each of those."""
+    """Pictures to generate for each of those: this times the sum of the steps times the samplers is what it costs."""
     judge: str | None = None
     """Another CLIP as judge: open_clip's name for it, "=", and a file with its weights, as in ViT-B-32=weights.safetensors."""
     device: str | None = None
@@ -90,7 +91,7 @@ class Evaluation:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
-        for name, low in (("prompts", 1), ("pictures", 2), ("sampler_pictures", 2)):
+        for name, low in (("prompts", 1), ("pictures", 2), ("sampler_pictures", 2), ("batch", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
         if not self.data.exists():
@@ -136,25 +137,29 @@ class Report:
 
 
 def evaluate(config: Evaluation) -> Report:
-    """Measure a model, and write what comes out to `config.out`.
+    """Measure a model, and write what comes out to `config.out`. A measurement that was stopped goes on where it was.
 
     Errors: those of loading the model and the data; ValueError for a model without a CLIP of its own, if no judge is named.
     """
     pipe = load(config.model, device=config.device, dtype=config.dtype)
     exam = open_exam(config, pipe.spec.size)
     judge = open_judge(config, pipe.device)
-    names = judge.texts(exam.names)
-    drawn, seconds = generate(pipe, exam.prompts, config, "zero-shot")
-    numbers = {
-        **drawn_numbers(judge, names, exam, drawn),
-        **distances(judge, exam, generate(pipe, exam.captions, config, "FID")[0]),
-    }
-    numbers |= {"vae_psnr": vae_psnr(pipe, exam.held_out), "seconds": seconds}
-    report = Report(numbers, compare_samplers(pipe, judge, exam, config), settings(pipe, judge, exam, drawn[0]))
+    kept = Kept(config.out / "unfinished.json", question(config, pipe))
+    drawn = kept("zero-shot", lambda: zero_shot(pipe, judge, exam, config))
+    numbers = drawn["numbers"] | kept("FID", lambda: distances(judge, exam, generate(pipe, exam.captions, config, "FID")[0]))
+    numbers |= {"vae_psnr": kept("VAE", lambda: vae_psnr(pipe, exam.held_out)), "seconds": drawn["seconds"]}
+    made = settings(pipe, judge, exam, drawn["recipe"]) | {"batch": config.batch}
+    report = Report(numbers, compare_samplers(pipe, judge, exam, config, kept), made)
     write_json(config.out / "evaluation.json", asdict(report))
     write_text(config.out / "evaluation.md", report.markdown())
-    save_image(tile(drawn[:SHOWN], columns=8, labels=exam.prompts[:SHOWN]), config.out / "pictures.png")
+    kept.done()
     return report
+
+
+def question(config: Evaluation, pipe: Pipeline) -> dict[str, Any]:
+    """What the numbers depend on; which samplers are compared is no part of it."""
+    plain = replace(config, out=Path(), samplers=(), sampler_steps=(), progress=False)
+    return asdict(plain) | {"weights": fingerprint(pipe.unet), "dtype": str(pipe.dtype), "version": __version__}
 
 
 def show(config: Evaluation) -> None:
@@ -162,9 +167,8 @@ def show(config: Evaluation) -> None:
     print(evaluate(config).markdown(), end="")
 
 
-def settings(pipe: Pipeline, judge: ClipScorer, exam: Exam, drawn: Image.Image) -> dict[str, Any]:
-    """What another needs to know to get the same numbers; the first generated picture knows how it was made."""
-    recipe = parse_parameters(drawn.info["parameters"])[0]
+def settings(pipe: Pipeline, judge: ClipScorer, exam: Exam, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What another needs to know to get the same numbers; recipe: that of the first generated picture."""
     chosen = {k: recipe[k] for k in ("sampler", "spacing", "steps", "guidance", "seed")}
     return {
         "model": pipe.title, "version": f"latentdiff {__version__}", "judge": judge.name,
@@ -248,11 +252,19 @@ def generate(
     keywords = {"guidance": config.guidance, "steps": config.steps, "sampler": config.sampler, "batch": config.batch, **options}
     drawn, began = [], time.perf_counter()
     with tqdm(total=len(prompts), desc=what, unit="picture", disable=not config.progress, dynamic_ncols=True) as bar:
-        for start in range(0, len(prompts), CHUNK):
-            chunk = list(prompts[start : start + CHUNK])
+        for start in range(0, len(prompts), config.batch):
+            chunk = list(prompts[start : start + config.batch])
             drawn += pipe(chunk, seed=config.seed + start, progress=False, **keywords)
             bar.update(len(chunk))
     return drawn, (time.perf_counter() - began) / len(prompts)
+
+
+def zero_shot(pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Evaluation) -> dict[str, Any]:
+    """Numbers, seconds a picture and the first one's recipe of pictures of the prompts; some are written as pictures.png."""
+    drawn, seconds = generate(pipe, exam.prompts, config, "zero-shot")
+    save_image(tile(drawn[:SHOWN], columns=8, labels=exam.prompts[:SHOWN]), config.out / "pictures.png")
+    recipe = parse_parameters(drawn[0].info["parameters"])[0]
+    return {"numbers": drawn_numbers(judge, judge.texts(exam.names), exam, drawn), "seconds": seconds, "recipe": recipe}
 
 
 def drawn_numbers(judge: ClipScorer, names: Tensor, exam: Exam, drawn: Sequence[Image.Image]) -> dict[str, float]:
@@ -286,25 +298,29 @@ def vae_psnr(pipe: Pipeline, pictures: Sequence[Image.Image]) -> float:
     return float(np.mean(found))
 
 
-def compare_samplers(pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Evaluation) -> list[dict[str, Any]]:
+def compare_samplers(pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Evaluation, kept: Kept) -> list[dict[str, Any]]:
     """FID, KID, CLIP score and time of each sampler at each number of steps, on the first held-out pictures' words."""
-    rows, captions = [], exam.captions[: config.sampler_pictures]
+    if not config.compared:
+        return []
+    captions, rows = exam.captions[: config.sampler_pictures], []
     real, texts = judge.images(exam.held_out), judge.texts(captions)
+
+    def row(name: str, steps: int) -> dict[str, float]:
+        drawn, seconds = generate(pipe, captions, config, f"{name}, {steps} steps", sampler=name, steps=steps)
+        features = judge.images(drawn)
+        return {
+            "fid": frechet_distance(features, real),
+            "kid": 1000 * kernel_distance(features, real),
+            "clip_score": clip_score(features, texts).mean().item(),
+            "seconds": seconds,
+        }
+
     for name in config.compared:
+        sampler, spacing = resolve(name)
+        rule = (SAME.get(sampler, sampler), spacing)
         for steps in config.sampler_steps:
-            drawn, seconds = generate(pipe, captions, config, f"{name}, {steps} steps", sampler=name, steps=steps)
-            features = judge.images(drawn)
-            rows.append(
-                {
-                    "sampler": name,
-                    "steps": steps,
-                    "evaluations": steps * FACTS[resolve(name)[0]].evaluations,
-                    "fid": frechet_distance(features, real),
-                    "kid": 1000 * kernel_distance(features, real),
-                    "clip_score": clip_score(features, texts).mean().item(),
-                    "seconds": seconds,
-                }
-            )
+            found = kept(f"{rule}, {steps} steps", lambda name=name, steps=steps: row(name, steps))
+            rows.append({"sampler": name, "steps": steps, "evaluations": steps * FACTS[sampler].evaluations} | found)
     return rows
 
 

@@ -14,6 +14,7 @@ from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.evaluation import evaluate as module
 from latentdiff.evaluation.clip_score import ClipScorer
 from latentdiff.evaluation.evaluate import MEANINGS, Evaluation, Exam, distances, drawn_numbers, evaluate, open_exam, vae_psnr
+from latentdiff.evaluation.kept import Kept, fingerprint
 from latentdiff.training.drawings import Drawings
 
 COLOURS = {"a red thing": (220, 0, 0), "a green thing": (0, 220, 0), "a blue thing": (0, 0, 220), "a grey thing": (90, 90, 90)}
@@ -135,7 +136,7 @@ def test_psnr_is_of_eight_bit_pictures() -> None:
 
 @pytest.mark.usefixtures("half_held_out")
 def test_the_report_of_a_model(config: Evaluation) -> None:
-    config = replace(config, samplers=("ddim", "DPM++ 2M Karras", "heun"), sampler_steps=(2, 3), sampler_pictures=2)
+    config = replace(config, samplers=("ddim", "DPM++ 2M Karras", "heun"), sampler_steps=(2, 3), sampler_pictures=2, batch=2)
     report = evaluate(config)
     assert list(report.numbers) == [name for name in MEANINGS if name in report.numbers]
     assert set(report.numbers) == set(MEANINGS)
@@ -156,6 +157,8 @@ def test_the_report_of_a_model(config: Evaluation) -> None:
         assert f"| {name} | {report.numbers[name]:.4g} | {meaning} |" in table
     assert "| sampler | steps | evaluations | fid | kid | clip_score | seconds |" in table
     assert Image.open(config.out / "pictures.png").width == 8 * 32
+
+    assert not (config.out / "unfinished.json").exists()
 
     again = evaluate(replace(config, samplers=()))
     first, second = ({k: v for k, v in r.numbers.items() if k != "seconds"} for r in (report, again))
@@ -183,15 +186,65 @@ def test_pictures_come_from_the_configured_settings(config: Evaluation, monkeypa
     assert (recipe["sampler"], recipe["guidance"], recipe["seed"]) == ("euler", 2.0, 5)
 
 
-def test_a_picture_does_not_depend_on_how_many_there_are(
-    tiny_pipe: Any, config: Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_does_not_depend_on_how_many_there_are(tiny_pipe: Any, config: Evaluation) -> None:
     prompts = ["a cat", "a dog", "a star", "a house", "an apple"]
-    whole, seconds = module.generate(tiny_pipe, prompts, config, "")
-    monkeypatch.setattr(module, "CHUNK", 2)
-    parts, _ = module.generate(tiny_pipe, prompts, config, "")
-    assert [a.tobytes() for a in parts] == [b.tobytes() for b in whole]
+    whole, seconds = module.generate(tiny_pipe, prompts, replace(config, batch=5), "")
+    parts, _ = module.generate(tiny_pipe, prompts, replace(config, batch=2), "")
+    ones = [tiny_pipe(prompt, seed=k, steps=2, progress=False)[0] for k, prompt in enumerate(prompts)]
+    for many in (whole, parts):  # other batches round otherwise, no more
+        assert all(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(many, ones, strict=True))
     assert seconds > 0
+
+
+@pytest.mark.usefixtures("half_held_out")
+def test_a_measurement_that_was_stopped_goes_on_and_no_rule_is_measured_twice(
+    config: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in its fourth part: the second run makes what is missing, and reports what an undisturbed one does."""
+    asked, patience = [], [3]
+
+    def generate(pipe: Any, prompts: Any, config: Evaluation, what: str, **options: Any) -> Any:
+        if len(asked) == patience[0]:
+            raise KeyboardInterrupt
+        asked.append(what)
+        return real(pipe, prompts, config, what, **options)
+
+    real = module.generate
+    monkeypatch.setattr(module, "generate", generate)
+    config = replace(config, samplers=("ddim", "euler", "Euler Karras"), sampler_steps=(1, 2), sampler_pictures=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    assert asked == ["zero-shot", "FID", "ddim, 1 steps"]
+    patience[0] = 100
+    report = evaluate(config)
+    assert asked[3:] == ["ddim, 2 steps", "Euler Karras, 1 steps", "Euler Karras, 2 steps"]
+    assert [row["sampler"] for row in report.samplers] == ["ddim"] * 2 + ["euler"] * 2 + ["Euler Karras"] * 2
+    assert [{**row, "sampler": ""} for row in report.samplers[:2]] == [{**row, "sampler": ""} for row in report.samplers[2:4]]
+
+    whole = evaluate(config)
+    assert len(asked) == 6 + 6
+    assert {**whole.numbers, "seconds": 0} == {**report.numbers, "seconds": 0}
+    assert whole.settings == report.settings
+
+
+def test_parts_of_another_question_count_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "unfinished.json"
+    assert Kept(path, {"n": 1})("part", lambda: {"x": 0.1}) == {"x": 0.1}
+    assert Kept(path, {"n": 1})("part", lambda: 2) == {"x": 0.1}
+    assert Kept(path, {"n": 2})("part", lambda: 2) == 2
+    path.write_text("{")
+    assert Kept(path, {"n": 2})("part", lambda: 3) == 3
+    Kept(path, {"n": 2}).done()
+    assert not path.exists()
+
+
+def test_a_fingerprint_tells_weights_apart() -> None:
+    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).bfloat16()
+    assert fingerprint(a) == fingerprint(a) != fingerprint(b)
+    before = fingerprint(b)
+    with torch.no_grad():
+        b.bias[0] += 1
+    assert fingerprint(b) != before
 
 
 def test_all_samplers_by_one_word(config: Evaluation) -> None:
@@ -211,6 +264,7 @@ def test_a_model_without_a_clip_needs_a_judge(config: Evaluation, tiny_folder: P
         ({"pictures": 1}, ValueError, "pictures must be at least 2, got 1"),
         ({"sampler_pictures": 1}, ValueError, "sampler_pictures must be at least 2, got 1"),
         ({"data": Path("nowhere")}, FileNotFoundError, "data: nowhere does not exist"),
+        ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),
         ({"judge": "ViT-B-32"}, ValueError, "judge must be NAME=FILE, .* got 'ViT-B-32'"),
         ({"samplers": ("ddim", "ddmi")}, ValueError, "sampler must be one of .* got 'ddmi'"),
     ],

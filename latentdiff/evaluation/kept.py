@@ -1,0 +1,55 @@
+"""Long measurements in parts: what each part found is written at once, so that a measurement that was stopped goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentdiff.checkpoints.files import CheckpointError, read_json, write_json
+
+
+class Kept:
+    """The finished parts of a measurement, in a JSON file until all are.
+
+    asked: what they depend on, the model's weights among it; the parts of another question, or a damaged file, count for nothing.
+    """
+
+    def __init__(self, path: Path, asked: Mapping[str, Any]) -> None:
+        self.path, self.asked = path, json.loads(json.dumps(asked, default=str))
+        self.parts: dict[str, Any] = self._read()
+        self._lock = Lock()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = read_json(self.path)
+        except (FileNotFoundError, CheckpointError):
+            return {}
+        return found["parts"] if found.get("asked") == self.asked else {}
+
+    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The part of that name: as it was kept, or computed now. It must be what JSON can hold. Threads may share a `Kept`."""
+        if name not in self.parts:
+            found = compute()
+            with self._lock:
+                self.parts[name] = found
+                write_json(self.path, {"asked": self.asked, "parts": self.parts})
+        return self.parts[name]
+
+    def done(self) -> None:
+        """All parts are finished: the next measurement begins anew."""
+        self.path.unlink(missing_ok=True)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """16 hexadecimal digits that tell one network's weights from another's."""
+    found = hashlib.sha256()
+    for p in module.parameters():
+        found.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
