@@ -125,8 +125,14 @@ def read_folder(folder: Path) -> tuple[ModelSpec, tuple[Tokenizer, ...]]:
         config = Config(folder / name / "config.json")
         where = folder / name.replace("text_encoder", "tokenizer")
         words, pad = tokenizer.read(where) if where.is_dir() else (tokenizer.standard(), tokenizer.usual_pad(config.data))
+        tower = configs.read_tower(config, pad=pad, begin=words.begin_id, end=words.end_id)
+        if len(words) > tower.vocab or (len(words) < tower.vocab and not where.is_dir()):
+            missing = "" if where.is_dir() else ", which is not there, so that CLIP's own was taken. Copy that folder too"
+            raise CheckpointError(
+                f"{config.path}: vocab_size is {tower.vocab}, but there are {len(words)} tokens in {where}{missing}"
+            )
         tokenizers.append(words)
-        towers.append(configs.read_tower(config, pad=pad, begin=words.begin_id, end=words.end_id))
+        towers.append(tower)
     if not towers:
         raise CheckpointError(f"{folder}: expected text_encoder/ or text_encoder_2/ with a config.json, found neither")
     scheduler, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"

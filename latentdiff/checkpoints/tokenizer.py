@@ -74,24 +74,28 @@ def read(folder: Path) -> tuple[Tokenizer, int]:
 
 def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
     """Vocabulary, merges and added words, from `vocab.json` and `merges.txt` or from `tokenizer.json`."""
-    fast = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
+    found = {p.name for p in folder.iterdir()}
+    if not ({"vocab.json", "merges.txt"} <= found or "tokenizer.json" in found):
+        raise CheckpointError(
+            f"{folder}: expected vocab.json and merges.txt, or tokenizer.json, found {', '.join(sorted(found)) or 'nothing'}; "
+            "copy the tokenizer's files again"
+        )
+    fast = read_json(folder / "tokenizer.json") if "tokenizer.json" in found else {}
     try:
         added = {str(t["content"]): int(t["id"]) for t in fast.get("added_tokens", [])}
-        if (folder / "added_tokens.json").is_file():
+        if "added_tokens.json" in found:
             added |= read_json(folder / "added_tokens.json")
-        if (folder / "vocab.json").is_file():
+        if {"vocab.json", "merges.txt"} <= found:
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [_pair(line) for line in lines if line and not line.startswith("#version")]
             vocab = dict(read_json(folder / "vocab.json"))
         else:
             vocab = dict(fast["model"]["vocab"])
             merges = [_pair(m) for m in fast["model"]["merges"]]
-    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{folder}: needs vocab.json and merges.txt, or tokenizer.json, of a CLIP tokenizer ({error!r})"
-        ) from None
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt, or tokenizer.json, are not a CLIP tokenizer's ({error!r})") from None
     return vocab, merges, added
 
 

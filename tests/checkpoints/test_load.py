@@ -371,6 +371,50 @@ def test_folder_faults(copied):
         load_parts(path)
 
 
+def test_a_folder_without_its_tokenizer(copied, sd15):
+    """CLIP's own is known; another can not be guessed, and half of one is none."""
+    path = copied()
+    shutil.rmtree(path / "tokenizer")
+    parts = load_parts(path)
+    assert parts.spec == sd15.spec
+    assert parts.tokenizers[0]("a cat!") == sd15.tokenizers[0]("a cat!")
+    config = path / "text_encoder" / "config.json"
+    edit(config, vocab_size=500)
+    with pytest.raises(CheckpointError, match=r"vocab_size is 500, but there are 49408 tokens in .*tokenizer, which is not there"):
+        load_parts(path)
+    edit(config, vocab_size=50000)
+    with pytest.raises(CheckpointError, match=r"text_encoder.config.json: vocab_size is 50000, .* which is not there, .*Copy"):
+        load_parts(path)
+
+
+TOKENIZERS = {
+    "empty": (lambda t: [p.unlink() for p in t.iterdir()], "expected vocab.json and merges.txt, or tokenizer.json, found nothing"),
+    "half": (
+        lambda t: [p.unlink() for p in t.iterdir() if p.name != "tokenizer_config.json"],
+        "or tokenizer.json, found tokenizer_config.json; copy the tokenizer's files again",
+    ),
+    "another's": (lambda t: (t / "tokenizer.json").write_text("{}"), r"are not a CLIP tokenizer's \(KeyError\('model'\)\)"),
+    "torn": (lambda t: (t / "tokenizer.json").write_text('{"model'), r"tokenizer\.json: this is no JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TOKENIZERS)
+def test_a_faulty_tokenizer_is_named(copied, fault):
+    path = copied()
+    change, message = TOKENIZERS[fault]
+    change(path / "tokenizer")
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_parts(path)
+    assert str(path / "tokenizer") in str(error.value)
+
+
+def test_more_tokens_than_the_tower_knows(copied):
+    path = copied()
+    edit(path / "text_encoder" / "config.json", vocab_size=49407)
+    with pytest.raises(CheckpointError, match=r"vocab_size is 49407, but there are 49408 tokens in .*tokenizer$"):
+        load_parts(path)
+
+
 def test_prediction_and_schedule_of_a_folder(copied):
     path = copied()
     file = path / "scheduler" / "scheduler_config.json"
