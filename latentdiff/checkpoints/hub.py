@@ -12,7 +12,7 @@ DATA = re.compile(
 WEIGHTS = re.compile(
     r"([\w-]+/)?(diffusion_pytorch_model|model)(?P<variant>\.[\w-]+?)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
 )
-UNUSED = ("safety_checker/", "feature_extractor/", "image_encoder/")
+FOLDERS = ("", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "clip")
 
 
 def is_id(text: str) -> bool:
@@ -49,7 +49,7 @@ def fetch(repo: str, *, variant: str | None = None, revision: str | None = None)
 
 def needed(files: list[str], variant: str | None) -> list[str]:
     """Of a repository's files those that a load reads: configurations, and one precision of each part's weights."""
-    files = [f for f in files if not f.startswith(UNUSED)]
+    files = [f for f in files if f.rpartition("/")[0] in FOLDERS]
     chosen = [f for f in files if DATA.fullmatch(f)]
     weights: dict[str, dict[str, list[str]]] = {}
     for file in files:

@@ -20,7 +20,7 @@ LORA_ENDS = (
 )
 KINDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (  # a file's kind, by the start or the end of a name in it
     ("LoRA", (), LORA_ENDS),
-    ("textual inversion", ("string_to_param", "clip_l", "clip_g"), ()),
+    ("textual inversion", ("string_to_param", "emb_params", "clip_l", "clip_g"), ()),
     ("ControlNet", ("control_model.", "controlnet_cond_embedding."), ()),
     ("autoencoder", ("first_stage_model.", "decoder.conv_in", "encoder.conv_in"), ()),
     ("U-Net of a folder", ("down_blocks.",), ()),
@@ -118,7 +118,8 @@ def _kind(file: TensorFile) -> str:
     for kind, starts, ends in KINDS:
         if any(name.startswith(starts) or name.endswith(ends) for name in file.entries):
             return kind
-    return "unknown"
+    one = [entry.shape[-1:] for entry in file.entries.values()]
+    return "textual inversion" if one in ([(768,)], [(1024,)], [(1280,)]) else "unknown"  # a word alone, as wide as a text tower
 
 
 def _parameters(entries: Iterable[Entry]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from latentdiff.checkpoints import configs, tokenizer
@@ -99,6 +100,11 @@ def token_ids(words: Tokenizer, captions: Iterable[str]) -> Tensor:
     return torch.tensor([row + [words.end_id] * (words.length - len(row)) for row in rows])
 
 
+def trim(ids: Int[Tensor, "b n"], end: int) -> Int[Tensor, "b m"]:
+    """Without the columns after the last caption's end: a causal tower that is read at the end does not hear them."""
+    return ids[:, : int((ids == end).long().argmax(1).max()) + 1]
+
+
 def build_clip(config: CLIPTraining, words: Tokenizer) -> Any:
     """transformers' CLIPModel at the configured size, newly drawn."""
     from transformers.models.clip.configuration_clip import CLIPConfig
@@ -147,7 +153,8 @@ def train_clip(config: CLIPTraining) -> Any:
 
     def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         device = next(model.parameters()).device
-        images, texts, scale = model(token_ids(words, batch[1]).to(device), to_float(batch[0]).to(device))
+        ids = trim(token_ids(words, batch[1]), words.end_id)
+        images, texts, scale = model(ids.to(device), to_float(batch[0]).to(device))
         value = shared(images.float(), texts.float(), scale.float().clamp(max=100))
         right = (images @ texts.T).argmax(1) == torch.arange(len(images), device=device)
         return value, {"scale": scale.detach(), "top1": right.float().mean()}

@@ -150,6 +150,7 @@ FILES = [
     "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
     "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model.non_ema.safetensors",
     "vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors", "safety_checker/model.safetensors",
+    "vae_1_0/config.json", "vae_1_0/diffusion_pytorch_model.safetensors", "text_encoder/openvino_model.xml", "unet/model.onnx",
 ]  # fmt: skip
 
 
@@ -169,7 +170,10 @@ def test_what_is_needed_of_a_repository(variant, unet):
         "evil.py",
         "text_encoder/pytorch_model.bin",
         "safety_checker/model.safetensors",
+        "vae_1_0/config.json",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
     }
+    assert not any("openvino" in f or "onnx" in f for f in needed)
     assert {"model_index.json", "tokenizer/merges.txt", "tokenizer/vocab.json", "scheduler/scheduler_config.json"} <= needed
 
 

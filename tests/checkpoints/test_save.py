@@ -117,6 +117,9 @@ def test_inspect_other_files(tmp_path):
         report = inspect(tmp_path / "x.safetensors")
         assert report.kind == kind
         assert f"x.safetensors: {kind}" in str(report)
+    for name, shape in (("<toy>", (768,)), ("<toy>", (4, 1024)), ("emb_params", (2, 32))):
+        write_safetensors(tmp_path / "x.safetensors", {name: torch.ones(shape)})
+        assert inspect(tmp_path / "x.safetensors").kind == "textual inversion"
 
 
 def test_inspecting_reads_no_tensor(folder, tmp_path, monkeypatch):

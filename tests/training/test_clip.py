@@ -13,7 +13,7 @@ from latentdiff.checkpoints import tokenizer
 from latentdiff.evaluation.clip_score import ClipScorer, load_clip, ranks, top
 from latentdiff.images import to_pil
 from latentdiff.models.text import Tokenizer
-from latentdiff.training.clip import CLIPTraining, build_clip, learn_vocabulary, save_clip, token_ids, train_clip
+from latentdiff.training.clip import CLIPTraining, build_clip, learn_vocabulary, save_clip, token_ids, train_clip, trim
 from latentdiff.training.data import open_source
 from latentdiff.training.unet import load_tower
 from latentdiff.training.vae import to_float
@@ -188,6 +188,17 @@ def test_a_frozen_text_tower_does_not_move(runs: Any, pictures: Path, clip_folde
     assert (tmp_path / "model/text_encoder/model.safetensors").read_bytes() == (
         clip_folder / "text_encoder/model.safetensors"
     ).read_bytes()
+
+
+def test_what_follows_the_end_of_all_captions_is_not_heard(clip_folder: Path) -> None:
+    words, clip = tokenizer.read(clip_folder / "tokenizer")[0], load_clip(clip_folder)
+    ids = token_ids(words, ["a", "a cat", ""])
+    short = trim(ids, words.end_id)
+    assert short.shape[1] < ids.shape[1]
+    assert (short[1] == words.end_id).nonzero().flatten().tolist() == [short.shape[1] - 1]  # the longest is whole
+    with torch.no_grad():
+        whole, cut = (clip.text_projection(clip.text_model(input_ids=i).pooler_output) for i in (ids, short))
+    torch.testing.assert_close(cut, whole)
 
 
 def test_the_vocabulary_is_learnt_once(runs: Any, pictures: Path, tmp_path: Path) -> None:
