@@ -266,9 +266,8 @@ def one(
     rebuilt = images.to_pil(pipe.decode(result.old))[0]
     if work is None or result.z is None:
         return after, rebuilt, None
-    picture = images.to_tensor([work.picture()])
-    pictures = [images.to_tensor(images.to_pil(pipe.decode(z))) for z in (result.old, result.z)]
-    return after, work.photo, Report(rebuilt=inversion.psnr(pictures[0], picture), limit=inversion.psnr(pictures[1], picture))
+    picture, *made = images.to_tensor([work.picture(), rebuilt, *images.to_pil(pipe.decode(result.z))])
+    return after, work.photo, Report(rebuilt=inversion.psnr(made[0], picture), limit=inversion.psnr(made[1], picture))
 
 
 def img2img(pipe: Pipeline, plan: Plan, work: Canvas, asked: Request) -> Image.Image:

@@ -2,12 +2,16 @@
 
 At least 100 edits of pictures that are composed of held-out drawings, so that it is known which part an edit is about. For each
 method and strength: the CLIP score of the new words (the edit was done) against PSNR and a distance of features (LPIPS-like: the
-autoencoder's encoder is the eye) outside the edited part (the rest was kept). Writes a table, the numbers, a plot and a sheet.
+autoencoder's encoder is the eye) outside the edited part (the rest was kept). Then how well each inversion rebuilds a picture that
+is not edited. Writes a table, the numbers, a plot and a sheet; a run that was stopped goes on where it was.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +24,24 @@ from PIL import Image
 from tqdm import tqdm
 
 import latentdiff
+from latentdiff.checkpoints.files import replacing, write_json
 from latentdiff.evaluation.clip_score import ClipScorer
-from latentdiff.images import tile, to_pil, to_tensor
+from latentdiff.evaluation.kept import Kept, fingerprint
+from latentdiff.images import open_picture, tile, to_pil, to_tensor
 from latentdiff.loading import embedded
 from latentdiff.training.drawings import BACKGROUNDS, Drawings
 
 KINDS = ("swap", "remove", "background")
 RUNS: dict[str, list[dict[str, Any]]] = {  # method -> the points of its curve
-    "img2img": [{"strength": s} for s in (0.3, 0.45, 0.6, 0.75, 0.9)],
-    "ddim": [{"strength": s} for s in (0.5, 0.75, 1.0)],
-    "null-text": [{"strength": 0.75}],
+    "img2img": [{"strength": s} for s in (0.3, 0.5, 0.7, 0.9)],
+    "ddim": [{"strength": s} for s in (0.6, 1.0)],
+    "null-text": [{"strength": 0.75, "steps": 10}],  # each of its steps costs forty of another method's
     "edit-friendly": [{"strength": s} for s in (0.4, 0.6, 0.8)],
     "prompt-to-prompt": [{"strength": s} for s in (0.6, 0.8, 1.0)],
 }
+REBUILT = {"ddim": 1.0, "edit-friendly": 1.0, "null-text": 7.5}  # inversion -> the guidance at which it must hold on
+REBUILT_STEPS = 50
+TOGETHER = 8  # img2img's pictures in one network call
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ class Point:
 
 
 def main(
-    drawings: Path, *, model: str | None = None, out: Path = Path("comparison"), n: int = 102, steps: int = 25,
-    guidance: float | None = None, seed: int = 0, judge: Path | None = None,
+    drawings: Path, *, model: str | None = None, out: Path = Path("comparison"), n: int = 102, steps: int = 20,
+    guidance: float | None = None, seed: int = 0, judge: Path | None = None, rebuild: int = 6, workers: int | None = None,
 ) -> None:  # fmt: skip
     """Compare the methods.
 
@@ -77,28 +86,92 @@ def main(
         A model folder with the CLIP that scores; without it, the editing model's own.
     steps
         Steps of each run.
+    seed
+        Of the choice of drawings, and of the first edit; the next has the next.
+    rebuild
+        Pictures that each inversion rebuilds, in 50 steps.
+    workers
+        Edits at a time; without it, one a core of a CPU, and one on a GPU.
     """
     pipe = latentdiff.load(model)
     scorer = ClipScorer.from_folder(judge or (Path(model) if model else embedded()), pipe.device)
     todo = tasks(Drawings(drawings), n, pipe.spec.size, seed)
-    out.mkdir(parents=True, exist_ok=True)
+    workers = workers or (torch.get_num_threads() if pipe.device.type == "cpu" else 1)
+    settings = {"steps": steps, "guidance": guidance, "progress": False}
+    asked = {"weights": fingerprint(pipe.unet), "dtype": str(pipe.dtype), "drawings": drawings, "seed": seed, **settings}
+    half_done = out / f"unfinished-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:8]}"
     points, shown = [nothing_done(pipe, scorer, todo)], {"before": [t.picture for t in todo]}
     for method, options in [(m, o) for m, several in RUNS.items() for o in several]:
-        after = []
-        for t in tqdm(todo, desc=f"{method} {options}"):
-            settings = {"method": method, "steps": steps, "guidance": guidance, "seed": seed, "progress": False} | options
-            after += pipe.edit(t.picture, source=t.source, target=t.target, **settings)
+        folder = half_done / "-".join(map(str, (method, *options.values())))
+        after = edited(pipe, todo, method, settings | options, seed, folder, workers)
         points.append(measured(method, options, pipe, scorer, todo, after))
         if options == RUNS[method][len(RUNS[method]) // 2]:
             shown[method] = after
-        (out / "comparison.json").write_text(json.dumps([asdict(p) for p in points], indent=1))
-    text = table(points)
+    found = rebuilt(pipe, todo[:rebuild], seed, Kept(half_done / "rebuilt.json", {}), workers) if rebuild else []
+    text = table(points) + (rebuilt_table(found) if rebuild else "")
+    write_json(out / "comparison.json", {"points": [asdict(p) for p in points], "rebuilt": found})
     (out / "comparison.md").write_text(text)
     print(text)
     plot(points, out / "comparison.png")
     rows = [[name, *(pictures[k] for pictures in shown.values())] for k, name in enumerate(t.target for t in todo[:12])]
     labels = [label for row in rows for label in (row[0], *list(shown)[1:])]
     tile([picture for row in rows for picture in row[1:]], len(shown), labels).save(out / "sheet.png")
+    shutil.rmtree(half_done, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ edits
+
+
+def edited(
+    pipe: latentdiff.Pipeline, todo: Sequence[Task], method: str, settings: dict[str, Any], seed: int, folder: Path, workers: int
+) -> list[Image.Image]:
+    """The edit of each task, task k with seed + k. Each is written to the folder at once; what is there already is not made."""
+
+    def make(group: Sequence[int]) -> None:
+        own, first = [todo[k] for k in group], seed + group[0]
+        if method == "img2img":  # many in one network call, as `pipe` does it; it is what `pipe.edit` does one by one
+            pictures, targets = [t.picture for t in own], [t.target for t in own]
+            made = pipe(targets, image=pictures, seed=first, sampler="ddim", batch=len(own), **settings)
+        else:
+            made = pipe.edit(own[0].picture, source=own[0].source, target=own[0].target, method=method, seed=first, **settings)  # type: ignore[arg-type]
+        for k, image in zip(group, made, strict=True):
+            with replacing(folder / f"{k}.png") as part:
+                image.save(part, "PNG")
+
+    size = TOGETHER if method == "img2img" else 1
+    groups = [range(len(todo))[k : k + size] for k in range(0, len(todo), size)]
+    each(make, [g for g in groups if not all((folder / f"{k}.png").is_file() for k in g)], workers, folder.name)
+    return [open_picture(folder / f"{k}.png") for k in range(len(todo))]
+
+
+def rebuilt(pipe: latentdiff.Pipeline, todo: Sequence[Task], seed: int, kept: Kept, workers: int) -> list[dict[str, Any]]:
+    """What each inversion makes of pictures that are not edited, in dB, what the autoencoder alone does, and the most lost."""
+    rows = []
+    for method, guidance in REBUILT.items():
+        asked: dict[str, Any] = {"method": method, "guidance": guidance, "steps": REBUILT_STEPS, "progress": False}
+
+        def report(k: int, asked: dict[str, Any] = asked) -> dict[str, float]:
+            edits = pipe.edit(todo[k].picture, source=todo[k].source, target=todo[k].source, seed=seed + k, **asked)
+            return {"rebuilt": edits.reports[0].rebuilt, "limit": edits.reports[0].limit}  # type: ignore[union-attr]
+
+        def part(k: int, method: str = method, report: Callable[[int], Any] = report) -> dict[str, float]:
+            return kept(f"{method} {k}", lambda: report(k))
+
+        found = each(part, range(len(todo)), workers, f"{method} rebuilds")
+        mean = {name: float(np.mean([r[name] for r in found])) for name in ("rebuilt", "limit")}
+        lost = max(r["limit"] - r["rebuilt"] for r in found)
+        rows.append({"method": method, "guidance": guidance, "steps": REBUILT_STEPS, "pictures": len(found), **mean, "lost": lost})
+    return rows
+
+
+def each(work: Callable[[Any], Any], items: Sequence[Any], workers: int, about: str) -> list[Any]:
+    """`work` of every item in threads, which share the cores: one core a thread serves small networks best."""
+    cores = max(1, torch.get_num_threads() // workers)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores,))
+    try:
+        return list(tqdm(pool.map(work, items), total=len(items), desc=about, dynamic_ncols=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ tasks
@@ -220,6 +293,18 @@ def table(points: Sequence[Point]) -> str:
         over = "" if more is None else f"{more:+.2f}"
         rows.append(f"| {p.method} | {setting} | {p.clip:.2f} | {p.psnr:.2f} | {p.distance:.4f} | {over} |")
     return "\n".join(rows) + "\n"
+
+
+def rebuilt_table(rows: Iterable[dict[str, Any]]) -> str:
+    lines = [
+        "",
+        "| inversion | guidance | steps | pictures | rebuilt, dB | the autoencoder alone, dB | most lost, dB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        numbers = " | ".join(f"{r[name]:.2f}" for name in ("rebuilt", "limit", "lost"))
+        lines.append(f"| {r['method']} | {r['guidance']:g} | {r['steps']} | {r['pictures']} | {numbers} |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(points: Sequence[Point], path: Path) -> None:

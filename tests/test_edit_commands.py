@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from latentdiff import cli
 from latentdiff import images as I
 from latentdiff.evaluation.clip_score import ClipScorer
+from latentdiff.pipeline import Pipeline
 from latentdiff.training.drawings import BACKGROUNDS, Drawings
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -160,13 +161,48 @@ def test_a_point_is_compared_with_the_curve_at_its_own_score(compare):
 
 
 def test_the_comparison_writes_table_numbers_plot_and_sheet(compare, drawings_folder, tiny_folder, tmp_path, monkeypatch):
+    """Stopped in its second method, it goes on there; nothing of the unfinished run stays."""
     pytest.importorskip("matplotlib")
-    runs = {"img2img": [{"strength": 0.3}, {"strength": 0.9}], "edit-friendly": [{"strength": 0.5}]}
+    runs = {"img2img": [{"strength": 0.3}, {"strength": 0.9}], "edit-friendly": [{"strength": 0.5, "steps": 1}]}
     monkeypatch.setattr(compare, "RUNS", runs)
-    compare.main(drawings_folder, model=str(tiny_folder), out=tmp_path / "c", n=3, steps=2)
-    points = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    monkeypatch.setattr(compare, "REBUILT", {"ddim": 1.0})
+    monkeypatch.setattr(compare, "REBUILT_STEPS", 3)
+    monkeypatch.setattr(compare, "TOGETHER", 2)
+    options, out = {"model": str(tiny_folder), "n": 3, "steps": 2, "rebuild": 2, "workers": 2}, tmp_path / "c"
+    made, most, edit = [], [1], Pipeline.edit
+
+    def interrupted(pipe, *args, **kwargs):
+        if len(made) == most[0]:
+            raise KeyboardInterrupt
+        made.append(kwargs["seed"])
+        return edit(pipe, *args, **kwargs)
+
+    monkeypatch.setattr(Pipeline, "edit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(drawings_folder, out=out, **options | {"workers": 1})
+    (half_done,) = out.glob("unfinished-*")
+    pictures = {path.relative_to(half_done).as_posix(): path.read_bytes() for path in half_done.glob("*/*.png")}
+    assert set(pictures) == {*(f"img2img-0.{s}/{k}.png" for s in (3, 9) for k in range(3)), "edit-friendly-0.5-1/0.png"}
+
+    most[0] = 100
+    compare.main(drawings_folder, out=out, **options)
+    assert sorted(made) == [0, 0, 1, 1, 2]  # three edits and two rebuilt
+    found = json.loads((out / "comparison.json").read_text())
+    points, (rebuilt,) = found["points"], found["rebuilt"]
     assert [p["method"] for p in points] == ["nothing", "img2img", "img2img", "edit-friendly"]
     assert all(np.isfinite([p["clip"], p["psnr"], p["distance"]]).all() for p in points)
-    assert (tmp_path / "c" / "comparison.md").read_text().count("\n") == 6
-    assert Image.open(tmp_path / "c" / "comparison.png").width > 800
-    assert Image.open(tmp_path / "c" / "sheet.png").width == 3 * 32
+    assert (rebuilt["pictures"], rebuilt["steps"]) == (2, 3)
+    assert rebuilt["lost"] >= rebuilt["limit"] - rebuilt["rebuilt"]
+    assert (out / "comparison.md").read_text().count("\n") == 6 + 4
+    assert Image.open(out / "comparison.png").width > 800
+    assert Image.open(out / "sheet.png").width == 3 * 32
+    assert not list(out.glob("unfinished-*"))
+
+
+def test_pictures_noised_together_are_those_that_edits_make_alone(compare, drawings_folder, tiny_pipe, tmp_path):
+    todo = compare.tasks(compare.Drawings(drawings_folder), 3, 32, 0)
+    settings = {"strength": 0.7, "steps": 3, "guidance": None, "progress": False}
+    together = compare.edited(tiny_pipe, todo, "img2img", settings, 5, tmp_path, 2)
+    for k, (t, image) in enumerate(zip(todo, together, strict=True)):
+        alone = tiny_pipe.edit(t.picture, source=t.source, target=t.target, method="img2img", seed=5 + k, **settings)[0]
+        assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
