@@ -48,6 +48,9 @@ class CLIPTraining(LoopConfig):
     """Tokens the text tower reads at once, begin and end included."""
     freeze_text: bool = False
     """Leave the text tower as it is (Zhai et al., arXiv 2111.07991): for when a U-Net already listens to it."""
+    standardise: bool = False
+    """First give the text tower's states mean 0 and variance 1 a feature. After a short training the states of all nouns are nearly
+    parallel (a mean cosine of 0.9), and a U-Net that listens to them learns colours long before things."""
     start: Path | None = None
     """Begin with the CLIP of this model folder, its sizes and its vocabulary, instead of new weights."""
 
@@ -130,6 +133,22 @@ def build_clip(config: CLIPTraining, words: Tokenizer) -> Any:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
 
 
+@torch.no_grad()
+def standardise(clip: Any, ids: Int[Tensor, "b n"]) -> None:
+    """Fold what the states [b, n, d] of these captions have in common into the final norm: each feature gets mean 0 and variance 1.
+
+    The text projection takes the scale back; it has no bias to take the mean back with, so that it wants some training afterwards.
+    """
+    norm = clip.text_model.final_layer_norm
+    heard = (ids == clip.config.text_config.eos_token_id).cumsum(1) <= 1  # up to the first end
+    heard[:, 0] = False  # the begin hears nothing: it is the same in all captions
+    states = torch.cat([clip.text_model(input_ids=part).last_hidden_state for part in ids.split(256)])[heard]
+    std, mean = torch.std_mean(states, dim=0)
+    norm.weight.div_(std)
+    norm.bias.sub_(mean).div_(std)
+    clip.text_projection.weight.mul_(std)
+
+
 def train_clip(config: CLIPTraining) -> Any:
     """Train, resume or finish a CLIP; when it stops, `out/model` holds `text_encoder/`, `tokenizer/` and `clip/`.
 
@@ -142,6 +161,8 @@ def train_clip(config: CLIPTraining) -> Any:
     source = open_source(config.data, size=config.size, compose=config.compose)
     words = _vocabulary(config, source)
     clip = build_clip(config, words) if config.start is None else load_clip(config.start).train().requires_grad_()
+    if config.standardise:
+        standardise(clip, token_ids(words, (source.get(i % len(source), 7 + i // len(source))[1] for i in range(2_000))))
     if config.freeze_text:
         clip.text_model.requires_grad_(False)  # type: ignore[union-attr]
 
