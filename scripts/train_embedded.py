@@ -7,7 +7,7 @@
 
 RUN holds a folder for each stage; killed at any moment, the same command goes on. Seconds by stage are added up in RUN/times.json.
 On a CPU each of several processes is pinned to a core and runs one thread: on two cores that other work kept busy, two such
-processes were much faster than one with two threads. Stages by themselves: --stage data | vae | clip | unet | weights.
+processes were much faster than one with two threads. Stages by themselves: --stage data | vae | clip | judge | unet | weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 import cyclopts
 
-Stage = Literal["data", "vae", "clip", "unet", "weights"]
+Stage = Literal["data", "vae", "clip", "judge", "unet", "weights"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 LARGEST = 48_000_000  # bytes that the shipped folder may have
 CLOSE = 2.0  # of 255: mean difference allowed between pictures of the float16 and the float32 weights
@@ -36,10 +36,14 @@ FAVOURITES = tuple(" ".join(name.split()) for name in Path(__file__).with_name("
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What the three trainings are told; `compose` is what their pictures are told. All recipes have networks of the same sizes."""
+    """What the trainings are told; `compose` is what their pictures are told. All recipes have networks of the same sizes.
+
+    judge: more of CLIP, beside a text tower that stays as the U-Net hears it.
+    """
 
     vae: Mapping[str, Any]
     clip: Mapping[str, Any]
+    judge: Mapping[str, Any]
     unet: Mapping[str, Any]
     compose: Mapping[str, Mapping[str, Any]]
 
@@ -48,26 +52,31 @@ VAE_SIZES = dict(size=128, widths=(16, 32, 64, 128), groups=8)
 CLIP_SIZES = dict(size=128, width=256, text_layers=3, image_layers=4, heads=4, vocab=3072, length=32)
 UNET_SIZES = dict(size=128, widths=(96, 160, 192), attention=(False, True, True), head_width=32, layers=1, groups=16)
 FAVOURED = dict(everyday=0.85, favourites=FAVOURITES, favour=0.65, pair=0.1, several=0.05, triple=0.02)
+BESIDE = dict(**CLIP_SIZES, batch=128, lr=5e-4, warmup=50, weight_decay=0.1, save_every=100, freeze_text=True, standardise=True)
 
 SHORT = Recipe(
     vae=dict(**VAE_SIZES, steps=3600, batch=16, crop=64, lr=1e-3, ema=0.998, warmup=100, save_every=400, compile=True),
-    clip=dict(**CLIP_SIZES, steps=450, batch=128, lr=1e-3, ema=0.99, warmup=50, weight_decay=0.1, save_every=100),
-    unet=dict(**UNET_SIZES, steps=2500, batch=48, lr=1e-3, ema=0.998, pictures=28_000, save_every=250, sample_every=250),
+    clip=dict(**CLIP_SIZES, steps=1100, batch=128, lr=1e-3, ema=0.99, warmup=100, weight_decay=0.1, save_every=100),
+    judge=dict(BESIDE, steps=1500, ema=0.998),
+    unet=dict(**UNET_SIZES, steps=6000, batch=48, lr=1e-3, ema=0.999, levels=(0.8, 1.2), pictures=28_000, save_every=250),
     compose=dict(
         vae=dict(everyday=0.6, white=0.4),
-        clip=dict(everyday=0.35, pair=0.08, several=0.04, triple=0.02),
+        clip=dict(everyday=0.7, favourites=FAVOURITES, favour=0.4, pair=0.05, several=0.03, triple=0.01, white=0.8),
+        judge=dict(everyday=0.35, pair=0.08, several=0.04, triple=0.02),
         unet=FAVOURED,
     ),
 )
 CPU = Recipe(
     vae=dict(SHORT.vae, steps=8000, ema=0.999),
     clip=dict(SHORT.clip, steps=4000, ema=0.998, warmup=200),
+    judge=dict(SHORT.judge, steps=3000, ema=0.998),
     unet=dict(SHORT.unet, steps=16_000, batch=64, ema=0.9993, pictures=60_000, save_every=500, sample_every=1000),
     compose=dict(SHORT.compose, unet=dict(FAVOURED, favour=0.35)),  # there is time for the others
 )
 GPU = Recipe(
     vae=dict(SHORT.vae, steps=20_000, batch=64, crop=None, ema=0.9995, save_every=2000, workers=12),
     clip=dict(SHORT.clip, steps=10_000, batch=512, ema=0.999, warmup=500, save_every=1000, workers=12),
+    judge=dict(SHORT.judge, steps=5000, batch=512, ema=0.999, save_every=1000, workers=12),
     unet=dict(SHORT.unet, steps=60_000, batch=256, ema=0.9997, pictures=400_000, save_every=5000, sample_every=5000, workers=12),
     compose=CPU.compose,
 )
@@ -144,7 +153,7 @@ def pin() -> None:
 
 
 def train(stage: str, recipe: Recipe, run: Path, data: Path) -> None:
-    """One of the three trainings, to its end. Each has its folder, in which it resumes."""
+    """One of the trainings, to its end. Each has its folder, in which it resumes."""
     from latentdiff.training.clip import CLIPTraining, train_clip
     from latentdiff.training.drawings import ComposeConfig
     from latentdiff.training.unet import UNetTraining, train_unet
@@ -155,8 +164,10 @@ def train(stage: str, recipe: Recipe, run: Path, data: Path) -> None:
         train_vae(VAETraining(**{**shared, **recipe.vae}))
     elif stage == "clip":
         train_clip(CLIPTraining(**{**shared, **recipe.clip}))
+    elif stage == "judge":
+        train_clip(CLIPTraining(**{**shared, **recipe.judge, "start": run / "clip" / "model"}))
     else:
-        parts = {"vae": run / "vae" / "model", "clip": run / "clip" / "model"}
+        parts = {"vae": run / "vae" / "model", "clip": run / "judge" / "model"}
         train_unet(UNetTraining(**{**shared, **parts, **recipe.unet}))
 
 

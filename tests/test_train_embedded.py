@@ -22,6 +22,7 @@ from latentdiff.training.vae import VAETraining
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_embedded.py"
 FEW: dict[str, Any] = {"steps": 2, "batch": 4, "size": 32, "warmup": 0}
+CLIP: dict[str, Any] = {"patch": 16, "width": 16, "heads": 2, "text_layers": 1, "image_layers": 1, "vocab": 600, "length": 12}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,10 @@ def recipe() -> ModuleType:
     module.PRESETS = {
         "cpu": module.Recipe(
             vae={**FEW, "widths": (8, 8), "groups": 4},
-            clip={**FEW, "patch": 16, "width": 16, "heads": 2, "text_layers": 1, "image_layers": 1, "vocab": 600, "length": 12},
+            clip={**FEW, **CLIP},
+            judge={**FEW, **CLIP, "freeze_text": True, "standardise": True},
             unet={**FEW, "widths": (8, 16), "attention": (False, True), "head_width": 8, "groups": 4, "pictures": 9},
-            compose={"vae": compose, "clip": compose, "unet": compose},
+            compose={"vae": compose, "clip": compose, "judge": compose, "unet": compose},
         )
     }
     return module
@@ -85,7 +87,7 @@ def test_stages_are_timed(recipe: ModuleType, made: Path) -> None:
 def test_what_is_done_is_not_done_again(recipe: ModuleType, made: Path, drawings_folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in made.glob("*/step-*/*")}
     seconds = json.loads((made / "times.json").read_text())
-    for stage in ("vae", "clip", "unet"):
+    for stage in ("vae", "clip", "judge", "unet"):
         recipe.main(made, data=drawings_folder, stage=stage)
     assert {p: p.stat().st_mtime_ns for p in made.glob("*/step-*/*")} == before
     again = json.loads((made / "times.json").read_text())
@@ -122,11 +124,13 @@ def test_presets_are_valid_and_of_one_architecture(recipe: ModuleType, preset: s
     shared: dict[str, Any] = {"out": folder, "data": folder}
     VAETraining(**shared, **chosen.vae)
     CLIPTraining(**shared, **chosen.clip)
+    CLIPTraining(**shared, **chosen.judge)
     UNetTraining(**shared, vae=folder, clip=folder, **chosen.unet)
-    assert set(chosen.compose) == {"vae", "clip", "unet"}
+    assert set(chosen.compose) == {"vae", "clip", "judge", "unet"}
     for compose in chosen.compose.values():
         ComposeConfig(**compose)
-    for stage, sizes in (("vae", recipe.VAE_SIZES), ("clip", recipe.CLIP_SIZES), ("unet", recipe.UNET_SIZES)):
+    sizes_of = {"vae": recipe.VAE_SIZES, "clip": recipe.CLIP_SIZES, "judge": recipe.CLIP_SIZES, "unet": recipe.UNET_SIZES}
+    for stage, sizes in sizes_of.items():
         assert sizes.items() <= getattr(chosen, stage).items()
         assert getattr(chosen, stage)["steps"] >= getattr(short, stage)["steps"]
 
