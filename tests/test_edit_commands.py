@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import latentdiff
 from latentdiff import cli
 from latentdiff import images as I
 from latentdiff.evaluation.clip_score import ClipScorer
@@ -110,6 +111,25 @@ def test_the_script_writes_the_edit_and_its_sheet(folder, tiny_folder, capsys):
     }  # fmt: skip
     assert Image.open("new-sheet.png").width == 120
     assert "rebuilt with" in capsys.readouterr().out
+
+
+def test_the_sheet_of_edits_has_a_row_of_each_kind(tiny_folder, tmp_path):
+    """Its first row is made again by hand; its last, a masked one, leaves the rest to the last bit."""
+    module = script("edit_sheet")
+    kinds = [edit.kind for edit in module.EDITS]
+    assert len(kinds) >= 8
+    assert set(kinds) >= {"animal", "colour", "style", "adding", "removing", "inpainting"}
+    module.main(out=tmp_path / "sheet.png", model=str(tiny_folder), seed=3, strength=0.5, steps=2, only=[1, len(kinds)])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    first, box = module.EDITS[0], module.EDITS[-1].box
+    pipe, common = latentdiff.load(tiny_folder), {"seed": 3, "steps": 2, "progress": False}
+    before = pipe(first.source, **common)[0]
+    after = pipe.edit(before, source=first.source, target=first.target, strength=0.5, **common)[0]
+    assert np.array_equal(sheet[:32, :64], np.hstack([before, after]))
+    assert box == (0.5, 0.0, 1.0, 1.0)
+    difference = sheet[len(sheet) // 2 :][:32, 64:]
+    assert not difference[:, :16].any()
+    assert difference[:, 16:].any()
 
 
 @pytest.fixture

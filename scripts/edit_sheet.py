@@ -1,0 +1,95 @@
+"""A sheet of edits, one of each kind:  python scripts/edit_sheet.py --out docs/edits.png
+
+Each row is a picture that the model made of the first words, what `pipe.edit` (for the masked ones, `pipe` with `mask=`) made of it
+with the second, and the difference. The pictures before are files like any other: nothing of how they were made is used.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cyclopts import run
+from PIL import Image, ImageChops, ImageDraw
+from tqdm import tqdm
+
+import latentdiff
+from latentdiff.images import save_image, tile
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in picture sides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """What is asked. box: the part to paint anew, in inpainting. options: further keywords of `pipe.edit`, or of `pipe`."""
+
+    kind: str
+    source: str
+    target: str
+    box: Box | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+EDITS = (
+    Edit(kind="animal", source="a cat face", target="a dog face"),
+    Edit(kind="animal", source="a cow", target="a horse"),
+    Edit(kind="colour", source="a red heart", target="a green heart"),
+    Edit(kind="colour", source="a blue car", target="a red car", options={"region": "car"}),
+    Edit(kind="style", source="a smiling face, flat style", target="a smiling face, 3d style"),
+    Edit(kind="background", source="a star on a white background", target="a star on a dark blue background"),
+    Edit(kind="adding", source="a smiling face", target="a smiling face with sunglasses", options={"words": "refine"}),
+    Edit(kind="removing", source="a red apple and a banana", target="a red apple"),
+    Edit(kind="inpainting", source="a cat and a dog", target="a cat and a star", box=(0.5, 0.0, 1.0, 1.0)),
+    Edit(kind="inpainting", source="a house and a car", target="a house and a sunflower", box=(0.5, 0.0, 1.0, 1.0)),
+)
+
+
+def main(
+    *, out: Path = Path("edits.png"), model: str | None = None, seed: int = 0, strength: float | None = None,
+    guidance: float | None = None, steps: int = 50, only: list[int] | None = None,
+) -> None:  # fmt: skip
+    """Write the sheet.
+
+    Parameters
+    ----------
+    out
+        Where it goes.
+    model
+        A file, a folder or a hub id. Without it, the embedded model.
+    seed
+        Of the pictures and of the edits: another number, other pictures.
+    strength
+        From 0 (nothing changes) to 1, of the edits without a mask.
+    guidance
+        How strongly the words lead.
+    steps
+        Of each run.
+    only
+        Numbers of rows, from 1; without them, all.
+    """
+    chosen = EDITS if only is None else [EDITS[k - 1] for k in only]
+    pipe = latentdiff.load(model)
+    common = {"seed": seed, "guidance": guidance, "steps": steps, "progress": False}
+    pictures, labels = [], []
+    for asked in tqdm(chosen, desc="edits"):
+        before = pipe(asked.source, **common)[0]
+        after = changed(pipe, asked, before, common, strength)
+        pictures += [before, after, ImageChops.difference(before, after)]
+        labels += [asked.source, asked.target, f"{asked.kind}: difference"]
+    save_image(tile(pictures, 3, labels), out)
+    print(out)
+
+
+def changed(
+    pipe: latentdiff.Pipeline, asked: Edit, before: Image.Image, common: dict[str, Any], strength: float | None
+) -> Image.Image:
+    if asked.box is None:
+        own = {"strength": strength} | asked.options
+        return pipe.edit(before, source=asked.source, target=asked.target, **common, **own)[0]
+    mask = Image.new("L", before.size)
+    left, top, right, bottom = (round(share * side) for share, side in zip(asked.box, before.size * 2, strict=True))
+    ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return pipe(asked.target, image=before, mask=mask, **common, **asked.options)[0]
+
+
+if __name__ == "__main__":
+    run(main)
