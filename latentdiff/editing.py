@@ -22,6 +22,7 @@ from latentdiff import images, inversion, request
 from latentdiff import prompt_to_prompt as p2p
 from latentdiff.conditioning import Cond, TextEncoder
 from latentdiff.diffusion.denoiser import Denoise, Denoiser
+from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Randn
 from latentdiff.diffusion.singlestep import ddim
 from latentdiff.images import Images, Picture
@@ -150,8 +151,16 @@ def plan(
         region=tuple(request.texts("region", region)) if region else (),
         threshold=number("threshold", threshold, 0, 1),
         weights={word: number("weights", weight) for word, weight in (weights or {}).items()},
-        guidance=number("guidance", guidance),
+        guidance=checked_scale(guidance),
     )
+
+
+def checked_scale(guidance: Any) -> float:
+    """Rules have no place here: what a picture is inverted and edited with is one prompt against the negative."""
+    if isinstance(guidance, str | Rule):
+        text = guidance.text if isinstance(guidance, Rule) else guidance
+        raise ValueError(f"guidance must be a number in an edit, which knows no rules, got {shown(text)}")
+    return number("guidance", guidance)
 
 
 def chosen(name: str, value: Any, allowed: Iterable[str]) -> Any:
@@ -201,8 +210,7 @@ def edit(
     progress: bool,
 ) -> Edits:
     """`Pipeline.edit`, its plan checked: every picture and word is looked at before anything is computed."""
-    if pipe.spec.task != "text":
-        raise ValueError(f"edit needs a text-to-image model; this one ({pipe.spec.name}) edits by pipe(…, image=photo)")
+    check_model(pipe)
     if photo is None and (mask is not None or plan.method != "prompt-to-prompt"):
         raise ValueError(
             f"photo must be given for {'mask' if mask is not None else plan.method}; without, prompt-to-prompt alone works"
@@ -236,6 +244,15 @@ def edit(
     check_words(pipe, plan)
     done = [one(pipe, plan, work, a, progress) for work, a in zip(works, asked, strict=True)]
     return Edits(*zip(*done, strict=True))
+
+
+def check_model(pipe: Pipeline) -> None:
+    """Errors: ValueError for models whose estimates with and without the prompt are not those that an edit compares."""
+    way = f"this one ({pipe.spec.name}) edits by pipe(…, image=photo)"
+    if pipe.spec.task != "text":
+        raise ValueError(f"words need a text-to-image model to work on; {way}")
+    if pipe.spec.unet.time_cond_dim is not None:
+        raise ValueError(f"words need a model whose guidance is not built in to work on; {way}")
 
 
 def check_words(pipe: Pipeline, plan: Plan) -> None:
@@ -432,6 +449,7 @@ def invert(
 @torch.no_grad()
 def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: float, progress: bool) -> Images:
     """`Pipeline.attention` for a request of one picture: it, and a heat map over it for each word."""
+    check_model(pipe)
     ((cond, uncond),) = conditions(pipe, asked)
     found = p2p.words(pipe.text, asked.prompts[0], cond.tokens)
     spans = [found.span(word, "word") for word in words]

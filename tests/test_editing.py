@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from latentdiff import editing
 from latentdiff import images as I
+from latentdiff.diffusion.rules import pag
 from latentdiff.editing import Edits
 
 FEW = {"steps": 4, "seed": 3, "progress": False}
@@ -216,6 +217,9 @@ def test_the_attention_to_a_word_is_a_picture_of_it(tiny_pipe):
         ({"method": "img2img", "region": "dog"}, ["region", "img2img"]),
         ({"steps": 0}, ["steps"]),
         ({"blur": 2}, ["blur", "mask"]),
+        ({"guidance": "cfg(3) + pag(2)"}, ["guidance", "a number", "no rules", "pag(2)"]),
+        ({"guidance": pag(2.0)}, ["guidance", "a number", "no rules", "pag(2)"]),
+        ({"guidance": float("nan")}, ["guidance", "nan"]),
     ],
 )
 def test_bad_input_is_refused_by_name_before_computing(tiny_pipe, options, words):
@@ -227,6 +231,16 @@ def test_bad_input_is_refused_by_name_before_computing(tiny_pipe, options, words
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
         blind.edit(asked.pop("photo"), **asked)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("change", [{"in_channels": 9}, {"in_channels": 8}, {"time_cond_dim": 16}])
+def test_models_that_edit_in_another_way_say_so(tiny_pipe, change):
+    spec = tiny_pipe.spec
+    task = {9: "inpaint", 8: "instruct"}.get(change.get("in_channels"), "text")
+    other = replace(tiny_pipe, unet=None, vae=None, spec=replace(spec, unet=replace(spec.unet, **change)))
+    assert other.spec.task == task
+    with pytest.raises(ValueError, match=r"words need a .*; this one \(custom\) edits by pipe\(…, image=photo\)"):
+        other.edit(photo(), source="a cat", target="a dog", **FEW)
 
 
 def test_a_word_that_is_not_in_the_prompt_has_no_map(tiny_pipe):
