@@ -6,9 +6,9 @@ with the second, and the difference. The pictures before are files like any othe
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import run
+from cyclopts import Parameter, run
 from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
@@ -45,7 +45,8 @@ EDITS = (
 
 def main(
     *, out: Path = Path("edits.png"), model: str | None = None, seed: int = 0, strength: float | None = None,
-    guidance: float | None = None, steps: int = 50, only: list[int] | None = None,
+    guidance: float | None = None, steps: int = 50,
+    only: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
 ) -> None:  # fmt: skip
     """Write the sheet.
 
