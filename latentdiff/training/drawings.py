@@ -43,6 +43,10 @@ class ComposeConfig:
     """Concepts of which an everyday idea is drawn first of all."""
     favour: float = 0.0
     """Chance that an everyday idea is one of them."""
+    hand: str = ""
+    """Whose drawing of an everyday idea is taken first of all, such as "fluent-emoji-flat"."""
+    handed: float = 0.0
+    """Chance that it is that hand's, if it drew the idea: what is always drawn alike is learnt soonest."""
     pair: float = 0.14
     """Share of "a cat and a dog", "a star above a house"."""
     several: float = 0.07
@@ -63,7 +67,7 @@ class ComposeConfig:
     """Chance that the caption names the hand."""
 
     def __post_init__(self) -> None:
-        for name in ("everyday", "favour", "pair", "several", "triple", "recolour", "white", "mirror", "style"):
+        for name in ("everyday", "favour", "handed", "pair", "several", "triple", "recolour", "white", "mirror", "style"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be a share from 0 to 1")
         if self.pair + self.several + self.triple > 1:
@@ -150,6 +154,8 @@ class DrawingSource:
             raise ValueError(f"split {split!r} has no drawings")
         if unknown := [name for name in config.favourites if not drawings.hands.get(name)]:
             raise ValueError(f"favourites must be concepts of the drawings, got {', '.join(map(repr, unknown))}")
+        if config.hand and config.hand not in drawings.styles:
+            raise ValueError(f"hand must be one of {', '.join(drawings.styles)}, got {config.hand!r}")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -182,6 +188,8 @@ class DrawingSource:
         """A drawing of an everyday idea, by the hand `style` if that hand drew it."""
         favoured = self.config.favourites and rng.random() < self.config.favour
         hands = self.drawings.hands[_pick(rng, list(self.config.favourites) if favoured else self.drawings.everyday)]
+        if style is None and self.config.hand and rng.random() < self.config.handed:
+            style = self.config.hand
         same = [i for i in hands if self.drawings.records[i]["style"] == style]
         return _pick(rng, same or hands)
 

@@ -227,6 +227,26 @@ def test_a_worker_maps_the_file_instead_of_copying_it(tiny: Drawings) -> None:
     assert pickle.loads(copied).held_out == tiny.held_out
 
 
+def test_favourites_and_the_hand_that_draws_them_come_as_often_as_asked(tiny: Drawings) -> None:
+    config = ComposeConfig(everyday=1, favourites=("cat face", "dog face"), favour=0.8, hand="noto", handed=0.9, pair=0, triple=0)
+    shown = [tiny.records[picture.drawings[0]] for picture in composed(tiny, config, 1000)]
+    favoured = [record for record in shown if record["concept"] in config.favourites]
+    others = 2 / len(tiny.everyday)  # the favourites' share of what is drawn from all
+    assert len(favoured) / 1000 == pytest.approx(0.8 + 0.2 * others, abs=0.05)
+    by_noto = sum(record["style"] == "noto" for record in favoured) / len(favoured)
+    hands = [[tiny.records[i]["style"] for i in tiny.hands[name]] for name in config.favourites]
+    share = np.mean([0.9 * ("noto" in styles) + 0.1 * styles.count("noto") / len(styles) for styles in hands])
+    assert by_noto == pytest.approx(share, abs=0.05)
+    assert share > 0.4
+
+
+def test_an_unknown_favourite_or_hand_is_refused(tiny: Drawings) -> None:
+    with pytest.raises(ValueError, match="favourites must be concepts of the drawings, got 'unicorn'"):
+        DrawingSource(tiny, ComposeConfig(favourites=("unicorn",)), SIZE)
+    with pytest.raises(ValueError, match=r"hand must be one of .*noto.*, got 'rembrandt'"):
+        DrawingSource(tiny, ComposeConfig(hand="rembrandt"), SIZE)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"everyday": 1.5}, "everyday is 1.5"), ({"pair": 0.6, "triple": 0.6}, r"pair \+ several \+ triple is"),
