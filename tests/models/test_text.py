@@ -115,7 +115,7 @@ def test_ids_equal_transformers(pair, text):
 
 
 @pytest.mark.oracle
-@given(st.text(max_size=60))
+@given(st.text(max_size=60).filter(lambda text: "<|" not in text))  # typed, `<|endoftext|>` is a token to them: see below
 @settings(max_examples=300, deadline=None)
 def test_ids_equal_transformers_for_any_text(pair, text):
     ours, theirs = pair
