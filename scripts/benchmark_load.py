@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from latentdiff.checkpoints import configs, tokenizer
 from latentdiff.checkpoints.families import SD15
-from latentdiff.checkpoints.files import write_json, write_safetensors
+from latentdiff.checkpoints.files import read_header, write_json, write_safetensors
 from latentdiff.checkpoints.fill import on_meta
 from latentdiff.checkpoints.io import Parts
 from latentdiff.checkpoints.save import metadata, single_tensors
@@ -78,11 +78,13 @@ def ours(folder: Path) -> Callable[[], Iterable[nn.Module]]:
 
 
 def ready(folder: Path) -> Callable[[], Iterable[nn.Module]]:
-    """The whole of `latentdiff.load`: also laid out for speed on this machine's CPU, in float32."""
+    """The whole of `latentdiff.load`: also laid out for speed, in the file's dtype."""
     from latentdiff.loading import load as load_pipeline
 
+    dtype = stored(folder)
+
     def load() -> Iterable[nn.Module]:
-        pipe = load_pipeline(folder / "model.safetensors", device="cpu")
+        pipe = load_pipeline(folder / "model.safetensors", device="cpu", dtype=dtype)
         return pipe.unet, pipe.vae, *pipe.text.towers
 
     return load
@@ -91,10 +93,8 @@ def ready(folder: Path) -> Callable[[], Iterable[nn.Module]]:
 def theirs(folder: Path) -> Callable[[], Iterable[nn.Module]]:
     import transformers  # noqa: F401  (its import is not part of loading)
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from safetensors import safe_open
 
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        dtype = file.get_tensor("model.diffusion_model.out.2.bias").dtype
+    dtype = stored(folder)
 
     def load() -> Iterable[nn.Module]:
         pipe = StableDiffusionPipeline.from_single_file(
@@ -103,6 +103,10 @@ def theirs(folder: Path) -> Callable[[], Iterable[nn.Module]]:
         return pipe.unet, pipe.vae, pipe.text_encoder
 
     return load
+
+
+def stored(folder: Path) -> torch.dtype:
+    return read_header(folder / "model.safetensors")[0]["model.diffusion_model.out.2.bias"].dtype
 
 
 LOADERS = {"latentdiff": ours, "latentdiff.load": ready, "diffusers": theirs}
