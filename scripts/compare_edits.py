@@ -97,7 +97,7 @@ def main(
     scorer = ClipScorer.from_folder(judge or (Path(model) if model else embedded()), pipe.device)
     todo = tasks(Drawings(drawings), n, pipe.spec.size, seed)
     workers = workers or (torch.get_num_threads() if pipe.device.type == "cpu" else 1)
-    settings = {"steps": steps, "guidance": guidance, "progress": False}
+    settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "progress": False}
     asked = {"weights": fingerprint(pipe.unet), "dtype": str(pipe.dtype), "drawings": drawings, "seed": seed, **settings}
     half_done = out / f"unfinished-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:8]}"
     points, shown = [nothing_done(pipe, scorer, todo)], {"before": [t.picture for t in todo]}
@@ -133,7 +133,8 @@ def edited(
             pictures, targets = [t.picture for t in own], [t.target for t in own]
             made = pipe(targets, image=pictures, seed=first, sampler="ddim", batch=len(own), **settings)
         else:
-            made = pipe.edit(own[0].picture, source=own[0].source, target=own[0].target, method=method, seed=first, **settings)  # type: ignore[arg-type]
+            asked: dict[str, Any] = {"method": method} | settings
+            made = pipe.edit(own[0].picture, source=own[0].source, target=own[0].target, seed=first, **asked)
         for k, image in zip(group, made, strict=True):
             with replacing(folder / f"{k}.png") as part:
                 image.save(part, "PNG")

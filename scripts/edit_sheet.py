@@ -69,7 +69,7 @@ def main(
     """
     chosen = EDITS if only is None else [EDITS[k - 1] for k in only]
     pipe = latentdiff.load(model)
-    common = {"seed": seed, "guidance": guidance, "steps": steps, "progress": False}
+    common: dict[str, Any] = {"seed": seed, "guidance": guidance, "steps": steps, "progress": False}
     pictures, labels = [], []
     for asked in tqdm(chosen, desc="edits"):
         before = pipe(asked.source, **common)[0]
@@ -84,8 +84,8 @@ def changed(
     pipe: latentdiff.Pipeline, asked: Edit, before: Image.Image, common: dict[str, Any], strength: float | None
 ) -> Image.Image:
     if asked.box is None:
-        own = {"strength": strength} | asked.options
-        return pipe.edit(before, source=asked.source, target=asked.target, **common, **own)[0]
+        common = common | {"strength": strength} | asked.options
+        return pipe.edit(before, source=asked.source, target=asked.target, **common)[0]
     mask = Image.new("L", before.size)
     left, top, right, bottom = (round(share * side) for share, side in zip(asked.box, before.size * 2, strict=True))
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)

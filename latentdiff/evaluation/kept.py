@@ -51,5 +51,5 @@ def fingerprint(module: nn.Module) -> str:
     """16 hexadecimal digits that tell one network's weights from another's."""
     found = hashlib.sha256()
     for p in module.parameters():
-        found.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
