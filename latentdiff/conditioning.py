@@ -6,8 +6,8 @@ chunks are joined along the tokens. So a prompt may have any length, and nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -29,10 +29,12 @@ class Cond:
     """The conditions of a batch, one entry a picture: the prompt as the U-Net takes it, and SDXL's vector.
 
     `context` is the embedding [b, n, d], or what `UNet.project_context` made of it: keys and values [b, h, n, e] of each attention.
+    `shifts` is what `UNet.embed_grid` made of the times of a run, for these pictures: time -> [b, s].
     """
 
     context: Float[Tensor, "b n d"] | list[tuple[Tensor, Tensor]]
     vector: Float[Tensor, "b v"] | None = None
+    shifts: Mapping[float, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self._first)
@@ -60,9 +62,12 @@ class Cond:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         return self._like([tensor.to(device=device, dtype=dtype) for tensor in self._tensors()])
 
-    def project(self, unet: UNet) -> Cond:
-        """With keys and values in the place of the embedding: they are the same at every step."""
-        return Cond(unet.project_context(self.context), self.vector) if isinstance(self.context, Tensor) else self
+    def project(self, unet: UNet, times: Sequence[float] = ()) -> Cond:
+        """With keys and values in the place of the embedding, which are the same at every step, and all these times embedded."""
+        if not isinstance(self.context, Tensor):
+            return self
+        shifts = unet.embed_grid(times, self.vector, len(self), self.context)
+        return Cond(unet.project_context(self.context), self.vector, shifts)
 
     def finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in self._tensors())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,8 @@ def load(
     path: a file, a folder or a hub id (`owner/name`); None is the embedded model. Only a hub id uses the network.
     device: None takes CUDA, then MPS, then the CPU. dtype: None is what the device does best (`best_dtype`).
     prediction, allow_pickle, variant, revision, vae, ema: as in `checkpoints.io.load_parts`.
-    lora, embeddings: files, as in `adapt`. compile: the U-Net with torch.compile: the same picture, slow to start and then faster.
+    lora, embeddings: files, as in `adapt`. compile: U-Net and decoder with torch.compile: the same picture, slow to start and then
+    faster.
     float8: the U-Net's linear layers in 8 bits, on NVIDIA GPUs of 2022 and later: nearly the same picture.
     cache: the deep features of a step serve so many steps (Ma et al., arXiv 2312.00858): 2 or 3 is faster, and another picture.
     Errors: FileNotFoundError; ValueError for an unknown device or dtype, and CheckpointError for a file that cannot be used.
@@ -75,6 +77,8 @@ def ready(
     vae = parts.vae.to(device, torch.float32 if upcast else dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if float8:
         quantise(unet)
+    if compile:
+        vae.decoder.compile(**compile_options(device))
     return Pipeline(
         unet=unet,
         vae=vae,
@@ -87,12 +91,14 @@ def ready(
 
 def network(unet: UNet, compile: bool) -> Network | None:
     """What runs in the U-Net's place: compiled, and on CUDA recorded; None where nothing is to be gained."""
-    cuda = next(unet.parameters()).device.type == "cuda"
-    if compile:
-        mode = "max-autotune-no-cudagraphs" if cuda else None
-        compiled = torch.compile(unet, fullgraph=True, dynamic=False, mode=mode)
-        return Graphed(compiled) if cuda else compiled  # type: ignore[return-value]
-    return Graphed(unet) if cuda else None
+    device = next(unet.parameters()).device
+    runs = torch.compile(unet, **compile_options(device)) if compile else unet
+    return Graphed(runs) if device.type == "cuda" else runs if compile else None  # type: ignore[return-value]
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """Whole, for one shape at a time; on CUDA each kernel is chosen by trial, and recording is ours."""
+    return {"fullgraph": True, "dynamic": False, "mode": "max-autotune-no-cudagraphs" if device.type == "cuda" else None}
 
 
 def embedded() -> Path:

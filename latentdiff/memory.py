@@ -84,32 +84,40 @@ def sliced(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
     return torch.cat([sdpa(part, k, v, site) for part in q.split(SLICE, dim=-2)], dim=-2)
 
 
-def decode(run: Callable[[Tensor], Tensor], z: Float[Tensor, "b c h w"], tile: int = TILE) -> Float[Tensor, "b 3 height width"]:
-    """run(z), the decoder's pictures; where memory runs out, in tiles, which halve until they fit. Errors: MemoryError.
+def whole_or_tiled(
+    run: Callable[[Tensor], Tensor], x: Float[Tensor, "b c h w"], *, pixels: int = 1, tile: int = TILE
+) -> Float[Tensor, "b d h2 w2"]:
+    """run(x), the decoder on latents, or with `pixels` of x along the side of a latent the encoder on pictures.
 
-    Norms and attention then see a tile, not the picture, so colours can differ a little from one tile to the next.
+    Where memory runs out, in tiles, which halve until they fit. Norms and attention then see a tile, not the picture, so colours
+    can differ a little from one tile to the next. Errors: MemoryError.
     """
-    done = attempt(lambda: run(z))
+    what = "decode" if pixels == 1 else "encode"
+    height, width = (side // pixels for side in x.shape[-2:])
+    done = attempt(lambda: run(x))
     while done is None:
-        side = max(z.shape[-2:])
-        tile = min(tile, (side + 1) // 2)
+        tile = min(tile, (max(height, width) + 1) // 2)
         if tile <= OVERLAP:
-            raise MemoryError(f"too little memory to decode {z.shape[-1]} × {z.shape[-2]} latents: a smaller size may fit")
-        tell(f"decoding in tiles of {tile} × {tile} latents; where they meet, colours can differ a little")
-        done = attempt(lambda tile=tile: in_tiles(run, z, tile))
+            raise MemoryError(f"too little memory to {what} {width} × {height} latents: a smaller size may fit")
+        tell(f"{what[:-1]}ing in tiles of {tile} × {tile} latents; where they meet, colours can differ a little")
+        done = attempt(lambda tile=tile: in_tiles(run, x, tile, pixels))
         tile //= 2
     return done
 
 
-def in_tiles(run: Callable[[Tensor], Tensor], z: Float[Tensor, "b c h w"], tile: int) -> Float[Tensor, "b 3 height width"]:
-    """Overlapping tiles, blended linearly where they overlap."""
+def in_tiles(
+    run: Callable[[Tensor], Tensor], x: Float[Tensor, "b c h w"], tile: int, pixels: int = 1
+) -> Float[Tensor, "b d h2 w2"]:
+    """Overlapping tiles of so many latents, blended linearly where they overlap; `pixels` of x are a latent."""
     total = weights = None
-    for top in starts(z.shape[-2], tile):
-        for left in starts(z.shape[-1], tile):
-            part = run(z[..., top : top + tile, left : left + tile])
-            scale = part.shape[-1] // min(tile, z.shape[-1])
+    height, width = (side // pixels for side in x.shape[-2:])
+    for top in starts(height, tile):
+        for left in starts(width, tile):
+            rows, columns = (slice(first * pixels, (first + tile) * pixels) for first in (top, left))
+            part = run(x[..., rows, columns])
+            scale = part.shape[-1] // min(tile, width)
             if total is None or weights is None:
-                total = part.new_zeros(*part.shape[:2], scale * z.shape[-2], scale * z.shape[-1])
+                total = part.new_zeros(*part.shape[:2], scale * height, scale * width)
                 weights = total.new_zeros(total.shape[-2:])
             ramp = ramps(part.shape[-2], OVERLAP * scale, part)[:, None] * ramps(part.shape[-1], OVERLAP * scale, part)
             place = (..., slice(top * scale, top * scale + part.shape[-2]), slice(left * scale, left * scale + part.shape[-1]))

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -399,19 +400,23 @@ class Pipeline:
             )
         return [known[pair] for pair in zip(asked.prompts, asked.negatives, strict=True)]
 
-    def denoiser(self, unet: UNet | None = None) -> Denoiser:
-        """(x, sigma, condition) -> x0; `diffusion.rules.autoguidance` takes that of a weaker model. unet: another in its place."""
+    def denoiser(self, unet: UNet | None = None, times: Sequence[float] = ()) -> Denoiser:
+        """(x, sigma, condition) -> x0; `diffusion.rules.autoguidance` takes that of a weaker model.
+
+        unet: another in its place. times: those of a run, which are then embedded once.
+        """
         unet = unet or self.unet
         network = self.network if self.network is not None and unet is self.unet else unet
         dtype = next(unet.parameters()).dtype
-        return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet))
+        return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet, times))
 
     def denoise(self, unet: UNet, told: list[list[Stage]], asked: Request) -> Denoise:
         """(x, sigma) -> x0 for the whole batch, in groups that go through the network together.
 
         On a CPU each picture is a group: products of other shapes round otherwise, and a picture would depend on its neighbours.
         """
-        denoiser = self.denoiser(unet)
+        times = tuple(dict.fromkeys(self.schedule.t(sigma).float().item() for sigma in asked.sigmas[:-1].double()))
+        denoiser = self.denoiser(unet, times)
 
         def make(rows: slice, spare: bool) -> Denoise:
             network = denoiser.network.fresh() if isinstance(denoiser.network, Cached) else denoiser.network
@@ -448,7 +453,8 @@ class Pipeline:
         """Latents decoded, each with its recipe."""
         if asked.origin:
             z = asked.origin.latents(z)
-        decoded = [image for latent in z.split(1) for image in images.to_pil(self.decode(latent))]
+        with ThreadPoolExecutor(1) as pool:  # pixels become a picture while the next one is decoded
+            decoded = [image for made in pool.map(images.to_pil, map(self.decode, z.split(1))) for image in made]
         if asked.origin:
             decoded = asked.origin.finish(decoded)
         for k, image in enumerate(decoded):
@@ -463,7 +469,8 @@ class Pipeline:
 
         def run(vae: VAE | TinyVAE) -> Tensor:
             dtype = next(vae.parameters()).dtype
-            return torch.cat([vae.encode(picture.to(self.device, dtype)) for picture in pictures.split(1)]).float()
+            one = lambda picture: memory.whole_or_tiled(vae.encode, picture.to(self.device, dtype), pixels=vae.factor)  # noqa: E731
+            return torch.cat([one(picture) for picture in pictures.split(1)]).float()
 
         return sound("VAE", self.vae, run, finite)
 
@@ -472,7 +479,7 @@ class Pipeline:
         """Pictures in about [-1, 1] of scaled latents, float32."""
 
         def run(vae: VAE | TinyVAE) -> Tensor:
-            return memory.decode(lambda part: vae.decode(part).float(), z.to(next(vae.parameters()).dtype))
+            return memory.whole_or_tiled(lambda part: vae.decode(part).float(), z.to(next(vae.parameters()).dtype))
 
         return sound("VAE", self.vae, run, finite)
 

@@ -92,8 +92,28 @@ def test_a_picture_is_decoded_in_tiles_that_fit():
 
     z = torch.randn(1, 4, 80, 80)
     with pytest.warns(UserWarning, match="decoding in tiles of 20 × 20 latents"):
-        decoded = memory.decode(run, z)
+        decoded = memory.whole_or_tiled(run, z)
     torch.testing.assert_close(decoded, z[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2), rtol=1e-5, atol=1e-5)
     assert sides[:3] == [80, 40, 20]
     with pytest.warns(UserWarning, match="tiles"), pytest.raises(MemoryError, match="too little memory to decode 80 × 80"):
-        memory.decode(lambda z: run(torch.cat([z] * 9, -1)), z)
+        memory.whole_or_tiled(lambda z: run(torch.cat([z] * 9, -1)), z)
+
+
+def test_a_picture_is_encoded_in_tiles_that_fit():
+    """An encoder that looks nowhere else is the same in tiles, whose edges lie between latents."""
+    shapes = []
+    pool = lambda x: torch.nn.functional.avg_pool2d(x, 8)  # noqa: E731
+
+    def run(x):
+        shapes.append(tuple(x.shape[-2:]))
+        if x.shape[-1] > 8 * 24:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pool(x)
+
+    x = torch.randn(1, 3, 8 * 30, 8 * 70, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="encoding in tiles of 17 × 17 latents"):
+        encoded = memory.whole_or_tiled(run, x, pixels=8)
+    torch.testing.assert_close(encoded, pool(x), rtol=1e-12, atol=1e-12)
+    assert shapes[:3] == [(240, 560), (240, 280), (136, 136)]
+    with pytest.warns(UserWarning, match="tiles"), pytest.raises(MemoryError, match="too little memory to encode 70 × 30"):
+        memory.whole_or_tiled(lambda x: run(torch.cat([x] * 9, -1)), x, pixels=8)

@@ -1,19 +1,30 @@
 """What makes it fast: chosen for the machine, the same picture, and steady."""
 
+import copy
 import gc
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import latentdiff
 from latentdiff import doctor
 from latentdiff.bench.ladder import ladder
 from latentdiff.bench.machine import peak_memory
+from latentdiff.conditioning import Cond
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.guidance import guided
+from latentdiff.diffusion.rules import cfg, rescale
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.loading import best_dtype, multiplies_bfloat16, ready
 from latentdiff.models.caching import Cached
 from latentdiff.models.graphs import Graphed
+from latentdiff.models.norm import norm_silu
+from latentdiff.models.unet import UNet
+from latentdiff.pipeline import in_float32
 
 CPU = torch.device("cpu")
 
@@ -71,15 +82,21 @@ def test_models_are_laid_out_channels_last(tiny_parts):
         weights = [p for p in part.parameters() if p.ndim == 4]
         assert weights
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
-    seen = []
-    hook = lambda _, args, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))  # noqa: E731
-    for part in (pipe.unet, pipe.vae.decoder):
-        for layer in part.modules():
-            if isinstance(layer, torch.nn.Conv2d):
-                layer.register_forward_hook(hook)
-    pipe("a cat", steps=1, seed=0, progress=False)
-    assert seen
-    assert all(seen)  # end to end
+    wrong, seen = [], []
+
+    def look(name, args, out):
+        seen.append(name)
+        if not all(x.is_contiguous(memory_format=torch.channels_last) for x in (args[0], out)):
+            wrong.append(name)
+
+    for part in (pipe.unet, pipe.vae):
+        for name, layer in part.named_modules():
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.GroupNorm):
+                layer.register_forward_hook(lambda _, args, out, name=name: look(name, args, out))
+    pipe.decode(pipe.encode(torch.zeros(1, 3, 32, 32)))
+    pipe("a cat", steps=1, seed=0, progress=False)  # both halves of guidance are the same to begin with
+    assert len(set(seen)) > 60
+    assert set(wrong) <= {"conv_in", "encoder.conv_in", "post_quant_conv"}  # which take what comes from outside
 
 
 # -- the same picture --
@@ -97,11 +114,44 @@ def last(pipe, **options):
 
 def test_compiled_it_is_the_same(tiny_parts, pipe, monkeypatch):
     """With a backend that runs what the compiler was given: whole, without a break, for all that the pipeline passes."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda unet, mode=None, **options: compile(unet, backend="aot_eager", **options))
+    compile, made = torch.compile, []
+
+    def with_another_backend(part, mode=None, **options):
+        made.append(part)
+        return compile(part, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", with_another_backend)
     compiled = ready(tiny_parts(), CPU, torch.float32, compile=True)
     assert compiled.network is not None
-    torch.testing.assert_close(last(compiled), last(pipe), rtol=1e-5, atol=1e-5)
+    x = last(compiled)
+    torch.testing.assert_close(x, last(pipe), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled.decode(x), pipe.decode(x), rtol=1e-5, atol=1e-5)
+    assert len(made) == 2  # the U-Net and the decoder
+    assert compiled.vae.state_dict().keys() == pipe.vae.state_dict().keys()
+    torch.testing.assert_close(in_float32("VAE", compiled.vae.bfloat16()).decode(x), pipe.decode(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
+def test_compiled_by_inductor_it_is_the_same(tiny_parts, pipe):
+    compiled = ready(tiny_parts(), CPU, torch.float32, compile=True)
+    x = last(compiled)
+    torch.testing.assert_close(x, last(pipe), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled.decode(x), pipe.decode(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm2"])
+def test_the_times_of_a_grid_are_embedded_once(pipe, sampler, monkeypatch):
+    """Levels between those of the grid, as dpm2 takes, are embedded as they come."""
+    given, embed = [], UNet.embed_times
+    monkeypatch.setattr(UNet, "embed_times", lambda unet, t, *rest: (given.append(t.shape), embed(unet, t, *rest))[1])
+    found = last(pipe, sampler=sampler)
+    assert given[0] == (4,)
+    between = [shape for shape in given[1:] if len(shape) == 1]
+    assert len(between) == (3 if sampler == "dpm2" else 0)
+    assert any(len(shape) == 2 for shape in given)
+    monkeypatch.setattr(UNet, "embed_grid", lambda *_: {})
+    torch.testing.assert_close(found, last(pipe, sampler=sampler), rtol=1e-5, atol=1e-5)
 
 
 def test_recorded_it_is_the_same(pipe):
@@ -112,6 +162,36 @@ def test_recorded_it_is_the_same(pipe):
     recorded = replace(pipe, network=Graphed(pipe.unet, record))
     for options in ({}, {"n": 3, "batch": 2}, {"sampler": "heun"}, {"guidance": 1.0}, {"negative": "a dog"}):
         torch.testing.assert_close(last(recorded, **options), last(pipe, **options), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_loop_never_waits_for_a_device(pipe, sampler):
+    """On `meta`, whatever asks a tensor for its numbers, as only waiting for a GPU could, is an error."""
+    unet = copy.deepcopy(pipe.unet).to("meta", torch.bfloat16)
+    prompt, negative = (Cond(torch.empty(2, 5, 32, device="meta", dtype=torch.bfloat16)) for _ in range(2))
+    denoiser = Denoiser(unet, pipe.schedule, "v", torch.bfloat16, prepare=lambda cond: cond.project(unet, [900.0]))
+    denoise = guided(denoiser, prompt, negative, cfg(7.5) + rescale(0.5))
+    sigmas = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.1, 0.0])
+    *_, last = SAMPLERS[sampler](denoise, torch.empty(2, 4, 8, 8, device="meta"), sigmas, randn=torch.randn_like)
+    assert last.x.is_meta
+    assert last.x.dtype == torch.float32
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        last.x.isfinite().all().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 96, 16, 16), (1, 160, 8, 8), (2, 192, 4, 4), (1, 64, 32, 32), (2, 256, 8, 8)])
+def test_norms_in_bfloat16_are_no_further_from_exact_ones_than_torchs(shape):
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(16, shape[1]).bfloat16()
+    norm.weight.normal_()
+    norm.bias.normal_()
+    x = (2 * torch.randn(shape) + torch.randn(shape[1], 1, 1)).bfloat16().contiguous(memory_format=torch.channels_last)
+    exact = F.silu(F.group_norm(x.double(), 16, norm.weight.double(), norm.bias.double()))
+    y = norm_silu(norm, x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (y - exact).square().mean() <= 1.02 * (F.silu(norm(x)) - exact).square().mean()
 
 
 def test_bfloat16_with_all_its_speed_is_no_further_from_float32_than_without(tiny_parts):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,8 @@ def contestants(parts: Parts, device: torch.device, dtype: torch.dtype, *, compi
     if with_peers:
         peers.append(Peer(parts, device, dtype, name="diffusers tuned", channels_last=True))
     if compiled:
-        found.append(ours(ready(parts, device, dtype, compile=True), "latentdiff compiled"))
+        own = replace(parts, vae=copy.deepcopy(parts.vae))  # compiled in place
+        found.append(ours(ready(own, device, dtype, compile=True), "latentdiff compiled"))
         if with_peers:
             peers.append(Peer(parts, device, dtype, name="diffusers compiled", channels_last=True, compiled=True))
         if with_peers and device.type == "cuda" and installed("stable-fast"):

@@ -68,8 +68,8 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def repeated(x: Tensor, n: int) -> Tensor:
-    """x, its rows over again until there are n."""
-    return x if len(x) == n else x.repeat(n // len(x), *[1] * (x.ndim - 1))
+    """x, its rows over again until there are n, in x's layout: `Tensor.repeat` would give up channels-last."""
+    return x if len(x) == n else torch.cat([x] * (n // len(x)))
 
 
 class Attention(nn.Module):

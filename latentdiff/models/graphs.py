@@ -86,7 +86,7 @@ class Graphed:
         return self.unet(x, t, context, vector)
 
     def _recording(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Recording | None:
-        key = (x.shape, x.dtype, x.device, context[0][0].shape)
+        key = (x.shape, x.dtype, x.device, t.shape, context[0][0].shape)
         if key not in self.known:
             self.known[key] = self._recorded(x, t, context, vector)
             if len(self.known) > KEPT:

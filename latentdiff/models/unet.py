@@ -57,6 +57,9 @@ class UNetConfig:
                 )
 
 
+GRID = 4096  # rows of times that are embedded at once: some 100 MB of SDXL's
+
+
 def sinusoids(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
     """cos and then sin of t at dim/2 frequencies from 1 down to almost 1/10000, in float32 (Ho et al. 2020, app. B)."""
     half = dim // 2
@@ -251,7 +254,7 @@ class UNet(nn.Module):
                 count += len(module.transformer_blocks)
             elif isinstance(module, ResBlock):
                 module.place = slice(shifts, shifts := shifts + module.conv1.out_channels)
-        self.cross_attentions = count
+        self.cross_attentions, self.shifts = count, shifts
         self.res_blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
 
     def project_context(self, context: Float[Tensor, "b n d"]) -> list[KeysValues]:
@@ -264,10 +267,25 @@ class UNet(nn.Module):
         blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         return [block.attn2.keys_values(context) for block in blocks]
 
+    def embed_grid(
+        self, times: Sequence[float], vector: Float[Tensor, "b v"] | None, batch: int, like: Tensor
+    ) -> dict[float, Float[Tensor, "b s"]]:
+        """What the res blocks add at each of the times of a run, in one product; `forward` takes it in place of t.
+
+        Empty where that depends on a guidance embedding too, or would be more than `GRID` rows.
+        """
+        rows = 1 if vector is None else batch
+        if self.config.time_cond_dim is not None or not 0 < rows * len(times) <= GRID:
+            return {}
+        t = torch.tensor(times, device=like.device).repeat_interleave(rows)
+        vectors = None if vector is None else vector.repeat(len(times), 1)
+        table = self.embed_times(t, vectors, None, like.dtype).unflatten(0, (len(times), rows))
+        return dict(zip(times, table.expand(-1, batch, -1), strict=True))
+
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        t: Float[Tensor, " b"],
+        t: Float[Tensor, " b"] | Float[Tensor, "b s"],
         context: Float[Tensor, "b n d"] | list[KeysValues],
         vector: Float[Tensor, "b v"] | None = None,
         *,
@@ -277,6 +295,7 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "b out h w"]:
         """The prediction for noisy latents x (scaled to variance about 1) at times t of the training schedule.
 
+        t: times, or what `embed_grid` made of them (and of the vector).
         context: the prompt's embedding, or what `project_context` made of it. vector: SDXL's pooled text and sizes.
         guidance_embedding: LCM's embedding of the guidance scale. attend: called in place of `sdpa` at every site.
         merge: called in place of `concatenate` where a skip connection joins the way up.
@@ -302,7 +321,9 @@ class UNet(nn.Module):
         return self.conv_out(norm_silu(self.conv_norm_out, x))  #                      [b, out, h, w]
 
     def embed_times(self, t: Tensor, vector: Tensor | None, guidance_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What each res block adds at these times, side by side: [b, s]."""
+        """What each res block adds at these times, side by side: [b, s]; t itself if that is what it already is."""
+        if t.ndim == 2:
+            return t
         emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype), guidance_embedding)
         if vector is not None:
             emb = emb + self.add_embedding(vector)
@@ -316,8 +337,8 @@ class UNet(nn.Module):
         config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise ValueError(f"x has shape {list(x.shape)}: needs [batch, {config.in_channels}, height, width]")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t has shape {list(t.shape)}: needs [{len(x)}], one time for each of x")
+        if t.shape not in (x.shape[:1], (len(x), self.shifts)):
+            raise ValueError(f"t has shape {list(t.shape)}: needs [{len(x)}], one time for each of x, or [{len(x)}, {self.shifts}]")
         optional = {
             "vector": (vector, config.vector_dim),
             "guidance_embedding": (guidance_embedding, config.time_cond_dim),

@@ -277,6 +277,21 @@ def test_channels_last_changes_the_memory_only(name):
 
 
 @torch.no_grad()
+def test_times_embedded_as_a_grid_stand_in_for_the_times(config):
+    unet, given = make(config), inputs(config)
+    grid = unet.embed_grid([981.0, 500.5, 0.0], given["vector"], 2, given["x"])
+    if config.time_cond_dim is not None:
+        assert grid == {}  # they depend on the guidance embedding too
+        return
+    for t, shifts in grid.items():
+        expected = unet(**given | {"t": torch.full((2,), t)})
+        torch.testing.assert_close(unet(**given | {"t": shifts}), expected, rtol=1e-5, atol=1e-5)
+    assert len(grid) == 3
+    assert unet.embed_grid([1.0] * 5000, given["vector"], 2, given["x"]) == {}  # too many
+    assert unet.embed_grid([], given["vector"], 2, given["x"]) == {}
+
+
+@torch.no_grad()
 def test_runs_in_bfloat16(config):
     unet, given = make(config), inputs(config)
     expected = unet(**given)
@@ -344,6 +359,7 @@ def test_init_for_training_starts_at_zero_and_learns_everywhere():
         ("x", torch.zeros(2, 9, 16, 16), r"x has shape \[2, 9, 16, 16\]: needs \[batch, 4, height, width\]"),
         ("x", torch.zeros(4, 16, 16), r"x has shape \[4, 16, 16\]"),
         ("t", torch.zeros(()), r"t has shape \[\]: needs \[2\]"),
+        ("t", torch.zeros(2, 7), r"t has shape \[2, 7\]: needs \[2\], one time for each of x, or \[2, 1376\]"),
         ("context", torch.zeros(2, 7, 23), r"context has shape \[2, 7, 23\]: needs \[batch, tokens, 24\]"),
         ("context", torch.zeros(1, 7, 24), "context has batch 1: needs 2"),
         ("context", [(torch.zeros(2, 4, 7, 16),) * 2], "context has 1 entries: needs 70"),
