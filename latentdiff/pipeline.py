@@ -408,7 +408,9 @@ class Pipeline:
         unet = unet or self.unet
         network = self.network if self.network is not None and unet is self.unet else unet
         dtype = next(unet.parameters()).dtype
-        return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet, times))
+        return Denoiser(
+            network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet, times)
+        )
 
     def denoise(self, unet: UNet, told: list[list[Stage]], asked: Request) -> Denoise:
         """(x, sigma) -> x0 for the whole batch, in groups that go through the network together.

@@ -2,14 +2,25 @@
 
     python scripts/benchmark_gpu.py --out bench-h100
 
-It is `latentdiff bench` with settings for a GPU; every option of that can be given, and both run on a CPU too.
+It is `latentdiff bench` with settings for a GPU in the place of those that are not given, and both run on a CPU too. To compile takes
+most of an hour; in parts, and first without:
+
+    python scripts/benchmark_gpu.py --models sd15 --no-compile --no-climb --no-mlperf --sustained 0 --batches 1 8 --seconds 5
 """
 
 import sys
+from collections.abc import Sequence
 
 from latentdiff.cli import main
 
-GPU = ["--models", "sd15", "sd21", "sdxl", "--steps", "20", "--mlperf", "--sustained", "60"]
+SETTINGS = {"models": ("sd15", "sd21", "sdxl"), "steps": ("20",), "mlperf": (), "sustained": ("60",)}
+
+
+def arguments(given: Sequence[str]) -> list[str]:
+    """What is given, and the settings that it says nothing of."""
+    named = {token.partition("=")[0].removeprefix("--").removeprefix("no-") for token in given if token.startswith("--")}
+    return [*given, *(part for name, values in SETTINGS.items() if name not in named for part in (f"--{name}", *values))]
+
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", *GPU, *sys.argv[1:]]))
+    main(["bench", *arguments(sys.argv[1:])])

@@ -1,6 +1,8 @@
 """The benchmark: its costs are torch's count and the published ones, its claims are cautious, and it measures what it says."""
 
 import json
+import runpy
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +10,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.bench import ceilings, machine, run, subjects, timing
+from latentdiff.bench import alone, ceilings, machine, run, subjects, timing
 from latentdiff.bench.contestants import contestants
 from latentdiff.bench.ladder import ladder
 from latentdiff.bench.report import markdown
 from latentdiff.bench.timing import Comparison, compare, in_turns
 from latentdiff.bench.work import Attend, Conv, Linear, flops, products, shares
 from latentdiff.checkpoints.families import SD15, SD21, SDXL, ModelSpec
+from latentdiff.loading import embedded
 from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
@@ -132,6 +135,16 @@ def test_runs_take_turns_and_each_comes_first():
     assert times["a"].percentile(50) == sorted(times["a"].seconds)[2]
 
 
+def test_a_peer_that_fails_is_left_out_and_named():
+    def fail() -> None:
+        raise OSError("no such kernel")
+
+    with pytest.warns(UserWarning, match="theirs failed and is left out: OSError: no such kernel"):
+        assert list(in_turns({"ours": lambda: None, "theirs": fail}, CPU, seconds=0.0)) == ["ours"]
+    with pytest.raises(OSError, match="no such kernel"):
+        in_turns({"ours": fail, "theirs": lambda: None}, CPU, seconds=0.0)
+
+
 # -- the run --
 
 
@@ -168,7 +181,7 @@ def test_ladder_tells_the_difference_of_every_rung():
     parts = subjects.random_parts(tiny(SD15))
     before = {name: p.clone() for name, p in parts.unet.named_parameters()}
     found = {r.name: r.difference for r in ladder(parts.spec, parts.unet, CPU, torch.bfloat16, seconds=0.0, compiled=False)}
-    assert list(found) == ["float32", "channels-last", "bfloat16", "keys and values once", "best attention", "shared halves"]
+    assert list(found) == ["float32", "channels-last", "bfloat16", "keys, values and time once", "best attention", "shared halves"]
     assert found["float32"] == 0
     assert found["channels-last"] < 1e-5
     assert 1e-4 < found["bfloat16"] < 0.1
@@ -203,16 +216,22 @@ def test_a_report_from_end_to_end(tmp_path: Path, monkeypatch):
         run, "limits", lambda *a: {"datasheet": None, "big_product": 0.1, "best_kernels": 0.2, "step": 1e-3, "decode": 1e-3}
     )
     report = run.bench(
-        models=("sd15",), out=tmp_path, device="cpu", dtype="bfloat16", seconds=0.01, steps=1, batches=(1, 2),
-        stages=("text", "step", "decode"), climb=False, mlperf=True, sustained=0.01, processes=False,
+        models=("sd15",), out=tmp_path, device="cpu", dtype="bfloat16", seconds=0.01, steps=2, batches=(1, 2),
+        stages=("text", "step", "picture"), mlperf=True, sustained=0.01, processes=False,
     )  # fmt: skip
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["models"]["sd15"]["stages"] == report["models"]["sd15"]["stages"]
     stages = [(s["stage"], s["pictures"]) for s in report["models"]["sd15"]["stages"]]
-    assert stages == [("text", 1), ("step", 1), ("step", 2), ("decode", 1), ("decode", 2), ("mlperf", 2), ("sustained", 1)]
+    both = [(stage, pictures) for stage in ("step", "picture") for pictures in (1, 2)]
+    assert stages == [("text", 1), *both, ("mlperf", 2), ("sustained", 1)]
+    assert report["models"]["sd15"]["ladder"][0]["name"] == "float32"
+    plain, *others = report["models"]["sd15"]["options"]
+    assert (plain["name"], plain["change"], plain["ratio"]) == ("as it is", 0, 1)
+    assert len(others) == 3
+    assert all(0 < other["change"] < 100 for other in others)
     text = (tmp_path / "report.md").read_text()
     assert text == markdown(report)
-    for word in ("p50", "p90", "p99", "rounds", "TFLOP", "best kernels", "As MLPerf", "on end"):
+    for word in ("p50", "p90", "p99", "rounds", "TFLOP", "best kernels", "As MLPerf", "on end", "deep features of a step for 2"):
         assert word in text
     for stage in report["models"]["sd15"]["stages"]:
         for row in stage["rows"].values():
@@ -226,6 +245,83 @@ def test_ours_comes_first_and_alone_without_diffusers(monkeypatch):
     monkeypatch.setattr(module, "installed", lambda name: None)
     parts = subjects.random_parts(tiny(SD15))
     assert [c.name for c in contestants(parts, CPU, torch.float32, compiled=False)] == ["latentdiff"]
+
+
+def test_peers_that_cannot_be_built_are_left_out_and_named(monkeypatch):
+    pytest.importorskip("diffusers")
+    from latentdiff.bench import contestants as module
+
+    monkeypatch.setattr(module, "theirs_of_vae", lambda parts: 1 // 0)
+    with pytest.warns(UserWarning, match="diffusers tuned cannot be built and is left out: ZeroDivisionError"):
+        found = contestants(subjects.random_parts(tiny(SD15)), CPU, torch.float32, compiled=False)
+    assert [c.name for c in found] == ["latentdiff"]
+
+
+@torch.no_grad()
+def test_backends_of_attention_are_those_that_take_the_shape():
+    q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
+    found = list(ceilings.backends(q, k, v))
+    assert found
+    for backend in found:
+        torch.testing.assert_close(ceilings.attention(backend, q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_the_best_batch_is_the_last_that_pays(monkeypatch):
+    """Pictures a second: 1, 1.5, 1.9, and then no more; or no memory for 4."""
+    device, seconds = torch.device("cuda"), {1: 1.0, 2: 4 / 3, 4: 4 / 1.9, 8: 8 / 1.92}
+    fake = lambda runs, *_, **__: {"": timing.Times(first=1.0, seconds=(runs[""](),) * 5)}  # noqa: E731
+    monkeypatch.setattr(run, "in_turns", fake)
+    assert run.growing(device, lambda n: lambda: seconds[n]) == [1, 2, 4]
+
+    def step(n):
+        if n == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lambda: seconds[n]
+
+    assert run.growing(device, step) == [1, 2]
+    assert run.growing(CPU, step) == [1]
+
+
+@pytest.mark.slow
+def test_quick_ends_in_two_minutes(tmp_path: Path):
+    """Of processor time, which other programs disturb less than time on the clock."""
+    began = time.process_time()
+    report = run.bench(quick=True, out=tmp_path, device="cpu")
+    assert (time.process_time() - began) / torch.get_num_threads() < 120
+    model = report["models"]["embedded"]
+    assert {s["stage"] for s in model["stages"]} == set(run.STAGES)
+    assert model["ladder"]
+    assert all(0 < option["change"] < 100 for option in model["options"][1:])
+    assert (tmp_path / "report.md").is_file()
+
+
+@pytest.mark.slow
+def test_what_needs_processes_of_its_own():
+    assert 100 << 20 < alone.memory("embedded", "latentdiff", "bfloat16") < 1 << 30
+    assert alone.cold_start(embedded(), "latentdiff", steps=1) < 120
+    if machine.installed("diffusers"):
+        assert 100 << 20 < alone.memory("embedded", "diffusers", "bfloat16") < 1 << 30
+        assert alone.cold_start(embedded(), "diffusers", steps=1) < 120
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], {"models": ["sd15", "sd21", "sdxl"], "steps": 20, "mlperf": True, "sustained": 60.0}),
+        (
+            ["--models=sdxl", "--steps", "3", "--no-mlperf", "--sustained", "0", "--no-compile", "--batches", "1", "8"],
+            {"models": ["sdxl"], "steps": 3, "mlperf": False, "sustained": 0.0, "compile": False, "batches": [1, 8]},
+        ),
+    ],
+)
+def test_the_script_for_gpus_sets_what_is_not_given(given, expected):
+    from latentdiff import cli
+
+    script = Path(__file__).parents[1] / "scripts" / "benchmark_gpu.py"
+    tokens = ["bench", *runpy.run_path(str(script))["arguments"](given)]
+    command, bound, _ = cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
+    assert command is run.bench
+    assert bound.arguments == expected
 
 
 def test_unknown_models_are_named():

@@ -18,7 +18,7 @@ import sys
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, local_files_only=True)
-pipe("a cat").images[0].save(sys.argv[2])
+pipe("a cat", num_inference_steps=int(sys.argv[3]), guidance_scale=7.5).images[0].save(sys.argv[2])
 """
 
 
@@ -28,13 +28,13 @@ def memory(model: str, who: str, dtype: str) -> int:
     return json.loads(run(command).splitlines()[-1])
 
 
-def cold_start(folder: Path, whose: str) -> float:
+def cold_start(folder: Path, whose: str, steps: int = 20) -> float:
     """Seconds from starting a program to a picture on disk: `latentdiff generate`, or a script with diffusers."""
     with tempfile.TemporaryDirectory() as place:
         out = str(Path(place) / "cat.png")
-        ours = [sys.executable, "-m", "latentdiff.cli", "generate", "a cat", "--out", out, "--quiet"]
+        ours = ["-m", "latentdiff.cli", "generate", "a cat", "--steps", str(steps), "--guidance", "7.5", "--out", out, "--quiet"]
         start = time.perf_counter()
-        run(ours if whose == "latentdiff" else [sys.executable, "-c", THEIRS, str(folder), out])
+        run([sys.executable, *(ours if whose == "latentdiff" else ["-c", THEIRS, str(folder), out, str(steps)])])
         taken = time.perf_counter() - start
         assert Path(out).stat().st_size > 0
     return taken

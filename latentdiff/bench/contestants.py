@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,21 +42,28 @@ def contestants(parts: Parts, device: torch.device, dtype: torch.dtype, *, compi
     """Ours first, in `dtype`. diffusers runs as it comes (on a CPU, where that is float32), and tuned as its documents say: in our
     dtype, channels last, and compiled if asked for."""
     with_peers = installed("diffusers") is not None
-    peers = []
+    peers: list[Contestant] = []
+
+    def join(dtype: torch.dtype, name: str, **options: bool) -> None:
+        try:
+            peers.append(Peer(parts, device, dtype, name=name, **options).contestant())
+        except Exception as error:  # whatever it raises that was made for other versions of what is installed here
+            warnings.warn(f"{name} cannot be built and is left out: {type(error).__name__}: {error}", stacklevel=3)
+
     if with_peers and device.type == "cpu":
-        peers.append(Peer(parts, device, torch.float32, name="diffusers"))
+        join(torch.float32, "diffusers")
     pipe = ready(parts, device, dtype)
     found = [ours(pipe, "latentdiff")]
     if with_peers:
-        peers.append(Peer(parts, device, dtype, name="diffusers tuned", channels_last=True))
+        join(dtype, "diffusers tuned", channels_last=True)
     if compiled:
         own = replace(parts, vae=copy.deepcopy(parts.vae))  # compiled in place
         found.append(ours(ready(own, device, dtype, compile=True), "latentdiff compiled"))
         if with_peers:
-            peers.append(Peer(parts, device, dtype, name="diffusers compiled", channels_last=True, compiled=True))
+            join(dtype, "diffusers compiled", channels_last=True, compiled=True)
         if with_peers and device.type == "cuda" and installed("stable-fast"):
-            peers.append(Peer(parts, device, torch.float16, name="stable-fast", channels_last=True, stable_fast=True))
-    return found + [peer.contestant() for peer in peers]
+            join(torch.float16, "stable-fast", channels_last=True, stable_fast=True)
+    return found + peers
 
 
 def ours(pipe: Pipeline, name: str) -> Contestant:

@@ -43,13 +43,15 @@ class Step:
     unet: UNet
     context: Tensor
     vector: Tensor | None
-    once: bool = False  # keys and values made beforehand
+    once: bool = False  # keys and values made beforehand, and the time embedded
     attend: Callable[..., Tensor] = torchs_attention
     network: Callable[..., Tensor] | None = None
 
     def run(self) -> Callable[[], Tensor]:
         unet, (x, t) = self.unet, inputs(self.unet)
         context = unet.project_context(self.context) if self.once else self.context
+        if self.once:
+            t = unet.embed_grid([500.0], self.vector, 2, self.context).get(500.0, t)
         if self.network is not None:
             return torch.no_grad()(partial(self.network, x, t, context, self.vector))
         return torch.no_grad()(partial(unet, x, t, context, self.vector, attend=self.attend))
@@ -73,7 +75,7 @@ def steps(spec: ModelSpec, unet: UNet, device: torch.device, dtype: torch.dtype,
         last = copy.deepcopy(last).to(dtype)
         context, vector = context.to(dtype), None if vector is None else vector.to(dtype)
         rungs[str(dtype).removeprefix("torch.")] = Step(last, context, vector)
-    rungs["keys and values once"] = Step(last, context, vector, once=True)
+    rungs["keys, values and time once"] = Step(last, context, vector, once=True)
     rungs["best attention"] = Step(last, context, vector, once=True, attend=own_attention)
     rungs["shared halves"] = Step(last, context, vector, once=True, attend=sdpa)
     if compiled:

@@ -52,6 +52,10 @@ def _model(name: str, model: Report) -> Iterator[str]:
         yield "\n| rung (each on top of those above) | ms | against the first | difference from float32 |\n|---|---|---|---|"
         for rung in model["ladder"]:
             yield f"| {rung['name']} | {1000 * rung['p50']:.1f} | {rung['ratio']:.2f}× | {rung['difference']:.2e} |"
+    if model.get("options"):
+        yield "\n| another picture, if asked for | takes | against as it is | change, of 255 |\n|---|---|---|---|"
+        for option in model["options"]:
+            yield f"| {option['name']} | {seconds(option['p50'])} | {option['ratio']:.2f}× | {option['change']:.2f} |"
     for title, memory in model.get("memory", {}).items():
         yield f"\nPeak memory, {title}: " + ", ".join(f"{who} {size / 2**30:.2f} GiB" for who, size in memory.items()) + "."
     for text in model.get("notes", []):

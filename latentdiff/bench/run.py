@@ -18,6 +18,7 @@ from latentdiff.bench.ceilings import best_kernels, big_product, ceiling, datash
 from latentdiff.bench.contestants import Contestant, Run, contestants
 from latentdiff.bench.ladder import ladder
 from latentdiff.bench.machine import describe, installed, peak_memory
+from latentdiff.bench.options import options
 from latentdiff.bench.report import Report, markdown, plot
 from latentdiff.bench.subjects import subject
 from latentdiff.bench.timing import Times, compare, in_turns
@@ -77,7 +78,7 @@ def bench(
     compile
         Also measure compiled networks; unless given, on a GPU. The first run takes minutes.
     climb
-        Also measure the ladder of optimisations.
+        Also measure the ladder of optimisations, and (if pictures are measured) what is faster at the price of another picture.
     mlperf
         Also run as MLPerf's text-to-image does: 20 Euler steps at guidance 8.
     sustained
@@ -85,7 +86,7 @@ def bench(
     processes
         Also measure what needs processes of their own: memory on a CPU, and the start.
     quick
-        The embedded model alone, 2 seconds a measurement: two minutes on two cores.
+        The embedded model alone, 1.5 seconds a measurement: less than two minutes on two cores.
     """
     if quick:
         models, seconds, steps, batches, processes = ("embedded",), 1.5, 8, (1,), False
@@ -100,11 +101,13 @@ def bench(
         model["ceilings"] = limits(parts.spec, place, kind, 0.1 if quick else 0.3)
         model["ladder"] = rungs(parts, place, kind, seconds, compiled) if climb else []
         entrants = contestants(parts, place, kind, compiled=compiled)
-        model["stages"] = list(measured(entrants, model, place, seconds, steps, batches, stages))
+        sizes = batches or growing(place, entrants[0].step)
+        model["stages"] = list(measured(entrants, place, seconds, steps, sizes, stages))
         if mlperf:
-            model["stages"].append(mlperf_like(entrants, place, seconds, batches or (1,)))
+            model["stages"].append(mlperf_like(entrants, place, seconds, sizes))
         if sustained:
             model["stages"].append(on_end(entrants[0], place, sustained, steps))
+        model["options"] = choices(parts, place, kind, seconds, steps) if climb and "picture" in stages else []
         del entrants, parts
         gc.collect()
         if processes and place.type == "cpu":
@@ -193,7 +196,6 @@ def against_limits(model: Report) -> str:
 
 def measured(
     entrants: list[Contestant],
-    model: Report,
     device: torch.device,
     seconds: float,
     steps: int,
@@ -212,18 +214,19 @@ def measured(
         if stage == "text":
             yield turns(stage, titles[stage], {c.name: c.text() for c in entrants}, entrants, device, seconds)
             continue
-        for pictures in batches or growing(stage, device, lambda n: entrants[0].step(n)):
+        for pictures in batches:
             given = (steps, pictures) if stage in ("loop", "picture") else (pictures,)
             runs = {c.name: getattr(c, stage)(*given) for c in entrants}
             title = titles[stage] + (f", {pictures} at once" if pictures > 1 else "")
             yield turns(stage, title, runs, entrants, device, seconds, pictures=pictures)
 
 
-def growing(stage: str, device: torch.device, step: Callable[[int], Run]) -> list[int]:
+def growing(device: torch.device, step: Callable[[int], Run]) -> list[int]:
     """1, and on a GPU twice as many as long as pictures a second rise by 3 % and memory is left; the last is the best."""
     found = [1]
     if device.type != "cuda":
         return found
+    tell("the best batch")
     rate = 0.0
     while found[-1] < 256:
         try:
@@ -250,6 +253,7 @@ def turns(
     """One table: contestants in turns, and every peer against each of ours' first."""
     tell(f"{title}: {', '.join(runs)}")
     times = in_turns(runs, device, seconds=seconds)
+    title += "".join(f"; {name} failed" for name in runs if name not in times)
     dtypes = {c.name: c.dtype for c in entrants}
     rows: dict[str, Report] = {}
     for name, own in times.items():
@@ -284,6 +288,15 @@ def on_end(ours: Contestant, device: torch.device, seconds: float, steps: int) -
     first, last = times[ours.name].seconds[:quarter], times[ours.name].seconds[-quarter:]
     title = f"Pictures for {seconds:.0f} s on end; last quarter / first quarter: {sum(last) / sum(first):.3f}"
     return {"stage": "sustained", "title": title, "pictures": 1, "rate": "pictures/s", "rows": {ours.name: row(times[ours.name])}}
+
+
+def choices(parts: Parts, device: torch.device, dtype: torch.dtype, seconds: float, steps: int) -> list[Report]:
+    """What is faster at the price of another picture, as data; `ratio` is the speed against the picture as it is."""
+    tell("what changes the picture")
+    found = options(parts, device, dtype, steps=steps, seconds=2 * seconds)
+    base = found[0].times.seconds
+    gc.collect()
+    return [{"name": o.name, "change": o.change, "ratio": compare(o.times.seconds, base).ratio} | row(o.times) for o in found]
 
 
 def rungs(parts: Parts, device: torch.device, dtype: torch.dtype, seconds: float, compiled: bool) -> list[Report]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -48,9 +49,19 @@ def clocked(run: Callable[[], object], device: torch.device) -> float:
 def in_turns(
     runs: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float, most: int = 200
 ) -> dict[str, Times]:
-    """Run all in turns for about so many seconds, at least `LEAST` rounds."""
-    names = list(runs)
-    first = {name: clocked(runs[name], device) for name in names}
+    """Run all in turns for about so many seconds, at least `LEAST` rounds.
+
+    The first, ours, must run; others that fail the first time are left out, with a warning.
+    """
+    first: dict[str, float] = {}
+    for name, run in runs.items():
+        try:
+            first[name] = clocked(run, device)
+        except Exception as error:  # whatever a foreign program raises
+            if not first:
+                raise
+            warnings.warn(f"{name} failed and is left out: {type(error).__name__}: {error}", stacklevel=2)
+    names = list(first)
     taken: dict[str, list[float]] = {name: [] for name in names}
     start, done = time.perf_counter(), 0
     while done < LEAST or (done < most and time.perf_counter() - start < seconds):
