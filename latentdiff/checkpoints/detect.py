@@ -30,21 +30,35 @@ FAMILIES: Mapping[tuple[str, int], ModelSpec] = {  # (layout of the text towers,
     ("refiner", 4): families.SDXL_REFINER,
 }
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "refiner"}  # of the context, where a file has no text towers
-FOREIGN: Mapping[str, str] = {  # start of some name -> what such a file is
-    "lora_": "a LoRA, not a model; load the model it was made for, then add it with `lora`",
-    "unet.down_blocks.": "a LoRA in the folder layout's names; load a model, then add it with `lora`",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3, which latentdiff does not run",
-    "model.diffusion_model.double_blocks.": "Flux, which latentdiff does not run",
-    "double_blocks.": "Flux, which latentdiff does not run",
-    "joint_blocks.": "Stable Diffusion 3, which latentdiff does not run",
-    "control_model.": "a ControlNet, which latentdiff does not run",
-    "controlnet_cond_embedding.": "a ControlNet, which latentdiff does not run",
-    "down_blocks.": "the U-Net of a model folder; load the folder that holds unet/, vae/ and the text tower",
-    "encoder.": "an autoencoder alone; load a model and give this file as `vae`",
-    "first_stage_model.": "an autoencoder alone; load a model and give this file as `vae`",
-    "string_to_param": "a textual inversion; load a model, then add it",
-    "clip_l": "a textual inversion for SDXL; load a model, then add it",
-}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A file that is no model: told by the start or the end of some name in it; and what to do with it."""
+
+    name: str
+    advice: str
+    starts: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+LORA_ENDS = (
+    *(".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"),
+    *(".hada_w1_a", ".lokr_w1", ".lokr_w1_a"),
+)
+INVERSION = Kind(
+    "textual inversion", "load a model, then add it with `embeddings`", ("string_to_param", "emb_params", "clip_l", "clip_g")
+)
+KINDS: tuple[Kind, ...] = (
+    Kind("LoRA", "load the model it was made for, then add it with `lora`", ends=LORA_ENDS),
+    INVERSION,
+    Kind("Stable Diffusion 3", "latentdiff does not run it", ("model.diffusion_model.joint_blocks.", "joint_blocks.")),
+    Kind("Flux", "latentdiff does not run it", ("model.diffusion_model.double_blocks.", "double_blocks.")),
+    Kind("ControlNet", "latentdiff does not run it", ("control_model.", "controlnet_cond_embedding.")),
+    Kind("autoencoder", "load a model and give this file as `vae`", ("first_stage_model.", "decoder.conv_in", "encoder.conv_in")),
+    Kind("U-Net of a folder", "load the folder that holds unet/, vae/ and the text tower", ("down_blocks.",)),
+)
+UNKNOWN = Kind("unknown", "it is no Stable Diffusion 1.x, 2.x or XL, nor anything else that latentdiff knows")
 PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
 BASE_STEP = 875000  # `global_step` of the SD 2.0 base release, which predicts eps
 
@@ -91,10 +105,20 @@ def predicting(spec: ModelSpec, prediction: Prediction) -> ModelSpec:
 def unet_channels(file: TensorFile) -> int:
     entry = file.entries.get(CONV_IN)
     if entry is None or len(entry.shape) != 4:
-        starts = {start: what for start, what in FOREIGN.items() if any(name.startswith(start) for name in file.entries)}
-        what = next(iter(starts.values()), "no Stable Diffusion 1.x, 2.x or XL model, nor anything else that latentdiff knows")
-        raise CheckpointError(f"{file.path}: expected a U-Net with {CONV_IN} (4 axes); this is {what}")
+        kind = kind_of(file)
+        raise CheckpointError(
+            f"{file.path}: expected a U-Net with {CONV_IN} (4 axes), found another kind of file: {kind.name}; {kind.advice}"
+        )
     return entry.shape[1]
+
+
+def kind_of(file: TensorFile) -> Kind:
+    """What a file without a U-Net is."""
+    for kind in KINDS:
+        if any(name.startswith(kind.starts) or name.endswith(kind.ends) for name in file.entries):
+            return kind
+    shapes = [entry.shape[-1:] for entry in file.entries.values()]
+    return INVERSION if shapes in ([(768,)], [(1024,)], [(1280,)]) else UNKNOWN  # a word alone, as wide as a text tower
 
 
 def text_layout(file: TensorFile) -> str:

@@ -8,23 +8,11 @@ from math import prod
 from pathlib import Path
 
 from latentdiff.checkpoints import keymap
-from latentdiff.checkpoints.detect import CONV_IN, detect
+from latentdiff.checkpoints.detect import CONV_IN, detect, kind_of
 from latentdiff.checkpoints.families import ModelSpec
-from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, some_names
+from latentdiff.checkpoints.files import CheckpointError, Entry, some_names
 from latentdiff.checkpoints.fill import Options
 from latentdiff.checkpoints.io import locate, networks, open_part, open_single, read_folder, single_sources, tower_folders
-
-LORA_ENDS = (
-    *(".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"),
-    *(".hada_w1_a", ".lokr_w1", ".lokr_w1_a"),
-)
-KINDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (  # a file's kind, by the start or the end of a name in it
-    ("LoRA", (), LORA_ENDS),
-    ("textual inversion", ("string_to_param", "emb_params", "clip_l", "clip_g"), ()),
-    ("ControlNet", ("control_model.", "controlnet_cond_embedding."), ()),
-    ("autoencoder", ("first_stage_model.", "decoder.conv_in", "encoder.conv_in"), ()),
-    ("U-Net of a folder", ("down_blocks.",), ()),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +83,7 @@ def _file(path: Path, options: Options) -> Report:
     }
     if CONV_IN not in file.entries:
         parts = {"all": _parameters(file.entries.values())}
-        return Report(kind=_kind(file), parts=parts, **common)
+        return Report(kind=kind_of(file).name, parts=parts, **common)
     try:
         found = detect(file)
     except CheckpointError as error:
@@ -112,14 +100,6 @@ def _file(path: Path, options: Options) -> Report:
         missing=tuple(sorted(every - set(file.entries))),
         **common,
     )
-
-
-def _kind(file: TensorFile) -> str:
-    for kind, starts, ends in KINDS:
-        if any(name.startswith(starts) or name.endswith(ends) for name in file.entries):
-            return kind
-    one = [entry.shape[-1:] for entry in file.entries.values()]
-    return "textual inversion" if one in ([(768,)], [(1024,)], [(1280,)]) else "unknown"  # a word alone, as wide as a text tower
 
 
 def _parameters(entries: Iterable[Entry]) -> int:

@@ -94,7 +94,9 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: vocab.json and merges.txt, or tokenizer.json, are not a CLIP tokenizer's ({error!r})") from None
+        raise CheckpointError(
+            f"{folder}: vocab.json and merges.txt, or tokenizer.json, are not a CLIP tokenizer's ({error!r})"
+        ) from None
     return vocab, merges, added
 
 

@@ -93,9 +93,10 @@ def test_markers_of_xl_v_models():
     assert said.spec.prediction == "eps"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("out", "prediction"), [(-0.6, "v"), (0.5, "eps"), (-0.4, "eps")])
-def test_the_trial_run_tells_v_from_eps(sd15, out, prediction):
-    unet = UNet(sd15.spec.unet)
+def test_the_trial_run_tells_v_from_eps(sd15, out, prediction, dtype):
+    unet = UNet(sd15.spec.unet).to(dtype)
     torch.nn.init.zeros_(unet.conv_out.weight)
     torch.nn.init.constant_(unet.conv_out.bias, out)
     assert detect.try_prediction(unet) == prediction
@@ -125,21 +126,22 @@ def test_the_users_word_comes_before_any_trial(folder, tmp_path, recwarn, monkey
 
 
 FOREIGN = {
-    "model.diffusion_model.joint_blocks.0.x": "Stable Diffusion 3",
-    "double_blocks.0.img_attn.norm.key_norm.scale": "Flux",
-    "lora_unet_down_blocks_0.lora_down.weight": "a LoRA, not a model",
-    "control_model.time_embed.0.weight": "a ControlNet",
-    "down_blocks.0.resnets.0.conv1.weight": "the U-Net of a model folder",
-    "first_stage_model.encoder.conv_in.weight": "an autoencoder alone",
-    "clip_l": "a textual inversion for SDXL",
-    "something.else": "nor anything else that latentdiff knows",
+    "model.diffusion_model.joint_blocks.0.x": "Stable Diffusion 3; latentdiff does not run it",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "Flux; latentdiff does not run it",
+    "lora_unet_down_blocks_0.lora_down.weight": "LoRA; load the model it was made for, then add it with `lora`",
+    "unet.mid_block.attentions.0.proj_in.lora_A.weight": "LoRA; load the model it was made for, then add it with `lora`",
+    "control_model.time_embed.0.weight": "ControlNet; latentdiff does not run it",
+    "down_blocks.0.resnets.0.conv1.weight": "U-Net of a folder; load the folder",
+    "first_stage_model.encoder.conv_in.weight": "autoencoder; load a model and give this file as `vae`",
+    "clip_l": "textual inversion; load a model, then add it",
+    "something.else": "unknown; it is no Stable Diffusion 1.x, 2.x or XL, nor anything else that latentdiff knows",
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_other_architectures_are_named(tmp_path, name):
     write_safetensors(tmp_path / "m.safetensors", {name: torch.ones(1)})
-    with pytest.raises(CheckpointError, match=f"expected a U-Net with .*; this is .*{FOREIGN[name]}"):
+    with pytest.raises(CheckpointError, match=f"expected a U-Net with .*, found another kind of file: {FOREIGN[name]}"):
         load_parts(tmp_path / "m.safetensors")
 
 

@@ -108,6 +108,7 @@ def test_inspect_other_files(tmp_path):
         "LoRA": "lora_unet_x.lora_down.weight",
         "textual inversion": "clip_l",
         "ControlNet": "control_model.x",
+        "Flux": "double_blocks.0.img_mod.lin.weight",
         "autoencoder": "decoder.conv_in.weight",
         "U-Net of a folder": "down_blocks.0.resnets.0.conv1.weight",
         "unknown": "x",
