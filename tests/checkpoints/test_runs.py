@@ -1,13 +1,16 @@
 """Full guided runs of ten steps with the same noise: every family, at its true architecture but narrow, against diffusers."""
 
+import socket
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import latentdiff
-from latentdiff import origin
+from latentdiff import cli, origin
 from latentdiff.checkpoints.io import load_parts
-from latentdiff.checkpoints.save import save_single
+from latentdiff.checkpoints.save import save_folder, save_single
 from latentdiff.images import to_tensor
 from latentdiff.refine import refine
 
@@ -39,7 +42,11 @@ def ours(pipe, **options) -> torch.Tensor:
 def theirs(folder, name: str, **options) -> torch.Tensor:
     import diffusers
 
-    pipe = getattr(diffusers, SMALL[name].pipeline).from_pretrained(folder, local_files_only=True)
+    return drawn(getattr(diffusers, SMALL[name].pipeline).from_pretrained(folder, local_files_only=True), **options)
+
+
+def drawn(pipe, **options):
+    """What diffusers' pipeline ends on: the latents, unless asked otherwise."""
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 10, "generator": torch.Generator().manual_seed(7), "output_type": "latent", **options}
     return pipe(prompt=PROMPT, **options).images
@@ -73,6 +80,49 @@ def test_text_to_image(folder, loaded, name, negative):
     a = ours(loaded(name), negative=negative, guidance=7.5)
     b = theirs(folder(name), name, negative_prompt=negative, guidance_scale=7.5, height=SIDE, width=SIDE)
     close(a, b)
+
+
+def drawn_by_diffusers(pipe, **options) -> np.ndarray:
+    """The picture of a run, its pixels from 0 to 255."""
+    options = {"negative_prompt": "a dog", "guidance_scale": 7.5, "height": SIDE, "width": SIDE, **options}
+    return drawn(pipe, output_type="np", **options)[0] * 255
+
+
+@pytest.mark.parametrize("layout", ["folder", "single file"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+@torch.no_grad()
+def test_diffusers_draws_the_same_picture_from_what_we_save(folder, tmp_path, name, layout):
+    import diffusers
+
+    kind, parts, path = getattr(diffusers, SMALL[name].pipeline), load_parts(folder(name)), tmp_path / "ours"
+    if layout == "folder":
+        save_folder(parts, path)
+        theirs = kind.from_pretrained(path, local_files_only=True)
+    else:
+        path = path.with_suffix(".safetensors")
+        save_single(parts, path)
+        theirs = kind.from_single_file(path, config=str(folder(name)), local_files_only=True)
+    pipe = latentdiff.load(path, device="cpu", dtype="float32")
+    options = {"negative": "a dog", "guidance": 7.5, "steps": 10, "sampler": "ddim", "seed": 7, "size": SIDE}
+    (picture,) = pipe(PROMPT, **options, progress=False)
+    assert np.abs(np.asarray(picture) - drawn_by_diffusers(theirs)).max() < 0.6  # 0.5 is rounding's
+
+
+@torch.no_grad()
+def test_the_command_line_draws_the_picture_of_diffusers(folder, tmp_path, monkeypatch, capsys):
+    """One file, one command; no connection is tried."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder("sd15"), local_files_only=True)
+    save_single(load_parts(folder("sd15")), tmp_path / "sd15.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was tried"))
+    command = ["generate", PROMPT, "--model", "sd15.safetensors", "--negative", "a dog", "--out", "cat.png", "--device", "cpu"]
+    command += ["--dtype", "float32", "--steps", "10", "--sampler", "ddim", "--seed", "7", "--size", str(SIDE), "--quiet"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(command)
+    assert (exit.value.code, capsys.readouterr().out) == (0, "cat.png  seed 7\n")
+    assert np.abs(np.asarray(Image.open("cat.png")) - drawn_by_diffusers(pipe)).max() < 0.6
 
 
 @pytest.mark.parametrize("name", ["sd15-inpaint", "sd2-inpaint", "sdxl-inpaint"])
