@@ -63,7 +63,7 @@ GRID = 4096  # rows of times that are embedded at once: some 100 MB of SDXL's
 def sinusoids(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
     """cos and then sin of t at dim/2 frequencies from 1 down to almost 1/10000, in float32 (Ho et al. 2020, app. B)."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies  # [b, dim/2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
