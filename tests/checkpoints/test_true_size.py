@@ -1,21 +1,29 @@
-"""Once at the true size of SD 1.5 and SDXL: folders that diffusers writes, and our single files of them, compute the same."""
+"""Once at the true size of SD 1.5 and SDXL: folders that diffusers writes, and our single files of them, compute the same.
+
+SDXL takes 14 GiB of memory (each library once, in float32), 14 GB of disk and some minutes.
+"""
 
 import gc
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+import latentdiff
 from latentdiff.checkpoints import configs, families, tokenizer
 from latentdiff.checkpoints.files import write_json
 from latentdiff.checkpoints.io import load_parts
 from latentdiff.checkpoints.save import save_single
+from latentdiff.models.unet import sinusoids
 
-from .test_oracle import close
+from . import test_oracle, test_runs
+from .conftest import randomise
 
 pytestmark = [pytest.mark.slow, pytest.mark.oracle]
 SPECS = {"sd15": families.SD15, "sdxl": families.SDXL}
+RUN = {"guidance": 7.5, "negative": "a dog"}
 
 
 @dataclass(frozen=True)
@@ -26,31 +34,24 @@ class Inputs:
     t: torch.Tensor
     context: torch.Tensor
     pooled: torch.Tensor
-    ids: torch.Tensor
+    sizes: torch.Tensor
     image: torch.Tensor
-    tokens: torch.Tensor
+    ids: torch.Tensor
 
 
 def inputs(spec) -> Inputs:
     torch.manual_seed(0)
-    tokens = torch.randint(0, 49405, (1, 77))
-    tokens[0, 0], tokens[0, 20:] = 49406, 49407
-    size = torch.rand(1, 6) * 1000
-    x = torch.randn(1, 4, 16, 16)
+    ids = torch.randint(0, 49405, (1, 77))
+    ids[0, 0], ids[0, 20:] = 49406, 49407
     return Inputs(
-        x, torch.tensor([500.0]), torch.randn(1, 77, spec.unet.context_dim), torch.randn(1, 1280), size, x[:, :3] / 3, tokens
+        x=torch.randn(1, 4, 8, 8),
+        t=torch.tensor([500.0]),
+        context=torch.randn(1, 77, spec.unet.context_dim),
+        pooled=torch.randn(1, spec.towers[-1].projection or 1),
+        sizes=torch.rand(1, 6) * 1000,
+        image=torch.rand(1, 3, 64, 64) * 2 - 1,
+        ids=ids,
     )
-
-
-def fill(module: torch.nn.Module) -> torch.nn.Module:
-    """Numbers of a sensible size in float16 steps, from one block of noise."""
-    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    module = module.to_empty(device="cpu")
-    with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            row = noise.roll(i).repeat(-(-p.numel() // len(noise)))[: p.numel()].reshape(p.shape)
-            p.copy_((row / p[0].numel() ** 0.5 if p.ndim > 1 else row * 0.1 + 1).half())
-    return module
 
 
 def write(spec, folder: Path) -> None:
@@ -58,78 +59,86 @@ def write(spec, folder: Path) -> None:
     import diffusers
     import transformers
 
-    index, names = configs.index_json(spec), ["text_encoder", "text_encoder_2"][: len(spec.towers)]
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config({**configs.unet_json(spec.unet)})
-        vae = diffusers.AutoencoderKL.from_config(configs.vae_json(spec.vae))
-    fill(unet.half()).save_pretrained(folder / "unet", max_shard_size="3GB")
-    del unet
-    gc.collect()
-    fill(vae.half()).save_pretrained(folder / "vae")
-    for name, tower in zip(names, spec.towers, strict=True):
+    index = configs.index_json(spec)
+    builds = {
+        "unet": lambda: diffusers.UNet2DConditionModel.from_config(configs.unet_json(spec.unet)),
+        "vae": lambda: diffusers.AutoencoderKL.from_config(configs.vae_json(spec.vae)),
+    }
+    for name, tower in zip(("text_encoder", "text_encoder_2"), spec.towers, strict=False):
         config = transformers.CLIPTextConfig(**configs.tower_json(tower))
-        with torch.device("meta"):
-            module = getattr(transformers, index[name][1])(config)
-        for inner in module.modules():
-            if hasattr(inner, "position_ids"):
-                inner.position_ids = torch.arange(77)[None]
-        fill(module.half()).save_pretrained(folder / name)
+        builds[name] = lambda kind=index[name][1], config=config: getattr(transformers, kind)(config)
         tokenizer.write(folder / name.replace("text_encoder", "tokenizer"), tokenizer.standard(), tower.pad)
+    for name, build in builds.items():
+        with torch.device("meta"):
+            module = build().half()
+        module = module.to_empty(device="cpu")
+        randomise(module)
+        module.save_pretrained(folder / name, max_shard_size="3GB")
+        del module
+        gc.collect()
     write_json(folder / "model_index.json", index)
     write_json(folder / "scheduler" / "scheduler_config.json", configs.scheduler_json(spec))
 
 
 @torch.no_grad()
-def ours(path: Path, spec, given: Inputs) -> list[torch.Tensor]:
-    parts = load_parts(path, dtype=torch.float32)
-    assert parts.spec.name == spec.name
+def ours(folder: Path, given: Inputs) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What the networks compute, and the latents of a run."""
+    pipe = latentdiff.load(folder, device="cpu", dtype="float32")
     vector = None
-    if spec.vector == "size":
-        from latentdiff.models.unet import sinusoids
-
-        vector = torch.cat([given.pooled, sinusoids(given.ids.flatten(), 256).flatten()[None]], dim=-1)
-    out = [parts.unet(given.x, given.t, given.context, vector), parts.vae.encode(given.image), parts.vae.decode(given.x)]
-    for tower in parts.text_encoders:
-        hidden, pooled = tower(given.tokens)
+    if pipe.spec.vector == "size":
+        vector = torch.cat([given.pooled, sinusoids(given.sizes.flatten(), 256).flatten()[None]], dim=-1)
+    out = [pipe.unet(given.x, given.t, given.context, vector), pipe.vae.encode(given.image), pipe.vae.decode(given.x)]
+    for tower in pipe.text.towers:
+        hidden, pooled = tower(given.ids)
         out += [hidden] if pooled is None else [hidden, pooled]
-    return out
+    return out, test_runs.ours(pipe, **RUN)
 
 
 @torch.no_grad()
-def theirs(folder: Path, spec, given: Inputs) -> list[torch.Tensor]:
-    """The same numbers, one network at a time."""
+def theirs(folder: Path, spec, given: Inputs) -> tuple[list[torch.Tensor], torch.Tensor]:
     import diffusers
-    import transformers
 
-    options = {"torch_dtype": torch.float32, "local_files_only": True}
-    added = {"added_cond_kwargs": {"text_embeds": given.pooled, "time_ids": given.ids}} if spec.vector == "size" else {}
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", **options)
-    out = [unet(given.x, given.t, given.context, **added).sample]
-    del unet
-    gc.collect()
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", **options)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)  # as ours are: other kernels round otherwise
+    added = {"added_cond_kwargs": {"text_embeds": given.pooled, "time_ids": given.sizes}} if spec.vector == "size" else {}
     scale = spec.vae.scale
-    out += [vae.encode(given.image).latent_dist.mode() * scale, vae.decode(given.x / scale).sample]
-    for i, tower in enumerate(spec.towers):
-        kind = transformers.CLIPTextModelWithProjection if tower.pooled else transformers.CLIPTextModel
-        module = kind.from_pretrained(folder / f"text_encoder{'_2' if i else ''}", dtype=torch.float32, local_files_only=True)
-        found = module(given.tokens, output_hidden_states=True)
+    out = [
+        pipe.unet(given.x, given.t, given.context, **added).sample,
+        pipe.vae.encode(given.image).latent_dist.mode() * scale,
+        pipe.vae.decode(given.x / scale).sample,
+    ]
+    for tower, module in zip(spec.towers, test_oracle.towers(pipe), strict=True):
+        found = module(given.ids, output_hidden_states=True)
         out += [found.last_hidden_state if tower.final_norm else found.hidden_states[tower.layer]]
         out += [found.text_embeds] if tower.pooled else []
-    return out
+    return out, test_runs.drawn(
+        pipe, guidance_scale=RUN["guidance"], negative_prompt=RUN["negative"], height=test_runs.SIDE, width=test_runs.SIDE
+    )
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """pytest keeps what the last three runs wrote; this is too much to keep."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_true_size(tmp_path, name):
-    spec = SPECS[name]
+def test_true_size(disk, name):
+    spec, folder, file = SPECS[name], disk / "folder", disk / "model.safetensors"
+    write(spec, folder)
     given = inputs(spec)
-    write(spec, tmp_path / "folder")
-    expected = theirs(tmp_path / "folder", spec, given)
+    expected, expected_run = theirs(folder, spec, given)
     gc.collect()
-    found = ours(tmp_path / "folder", spec, given)
+    found, run = ours(folder, given)
+    gc.collect()
     for a, b in zip(found, expected, strict=True):
-        close(a, b)
-    gc.collect()
-    save_single(load_parts(tmp_path / "folder"), tmp_path / "model.safetensors")
-    again = ours(tmp_path / "model.safetensors", spec, given)
-    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+        test_oracle.close(a, b)
+    test_runs.close(run, expected_run)
+
+    save_single(load_parts(folder), file)
+    one, other = load_parts(folder), load_parts(file)
+    assert one.spec == other.spec == spec
+    for a, b in zip((one.unet, one.vae, *one.text_encoders), (other.unet, other.vae, *other.text_encoders), strict=True):
+        test_oracle.same_weights(a, b)
