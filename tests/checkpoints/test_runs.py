@@ -14,7 +14,7 @@ from latentdiff.checkpoints.save import save_folder, save_single
 from latentdiff.images import to_tensor
 from latentdiff.refine import refine
 
-from .conftest import SMALL
+from .conftest import SMALL, randomise
 
 pytestmark = pytest.mark.oracle
 PROMPT = "a red cat, flat style"  # no "!": diffusers takes a typed one for OpenCLIP's padding
@@ -123,6 +123,21 @@ def test_the_command_line_draws_the_picture_of_diffusers(folder, tmp_path, monke
         cli.main(command)
     assert (exit.value.code, capsys.readouterr().out) == (0, "cat.png  seed 7\n")
     assert np.abs(np.asarray(Image.open("cat.png")) - drawn_by_diffusers(pipe)).max() < 0.6
+
+
+@torch.no_grad()
+def test_a_tiny_autoencoder_draws_the_picture_of_diffusers(folder, tmp_path):
+    import diffusers
+
+    tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4)
+    randomise(tiny)
+    tiny.save_pretrained(tmp_path / "tiny")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder("sd15"), vae=tiny, local_files_only=True)
+    pipe = latentdiff.load(folder("sd15"), vae=tmp_path / "tiny", device="cpu", dtype="float32")
+    options = {"negative": "a dog", "guidance": 7.5, "steps": 10, "sampler": "ddim", "seed": 7, "size": SIDE}
+    (picture,) = pipe(PROMPT, **options, progress=False)
+    assert np.std(picture) > 5
+    assert np.abs(np.asarray(picture) - drawn_by_diffusers(theirs)).max() < 0.6
 
 
 @pytest.mark.parametrize("name", ["sd15-inpaint", "sd2-inpaint", "sdxl-inpaint"])
