@@ -17,7 +17,7 @@ THEIRS = """
 import sys
 import torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, local_files_only=True)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, torch_dtype=torch.float32, local_files_only=True)
 pipe("a cat", num_inference_steps=int(sys.argv[3]), guidance_scale=7.5).images[0].save(sys.argv[2])
 """
 
