@@ -2,8 +2,8 @@
 
     python scripts/benchmark_gpu.py --out bench-h100
 
-It is `latentdiff bench` with settings for a GPU in the place of those that are not given, and both run on a CPU too. To compile takes
-most of an hour; in parts, and first without:
+It is `latentdiff bench` with settings for a GPU in the place of those that are not given, and both run on a CPU too. To compile
+takes most of an hour; in parts, and first without:
 
     python scripts/benchmark_gpu.py --models sd15 --no-compile --no-climb --no-mlperf --sustained 0 --batches 1 8 --seconds 5
 """

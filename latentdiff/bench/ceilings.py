@@ -52,12 +52,11 @@ def best_time(run: Callable[[], Tensor], device: torch.device, seconds: float, m
     On CUDA of recorded ones: to start a kernel can take longer than it runs.
     """
     times = 10 if device.type == "cuda" else 1
-    if device.type == "cuda":
-        run, _ = record(partial(repeat, run, times))
-    clocked(run, device)
+    again: Callable[[], object] = record(partial(repeat, run, times))[0] if device.type == "cuda" else run
+    clocked(again, device)
     start, best, done = time.perf_counter(), float("inf"), 0
     while done < 2 or (done < most and time.perf_counter() - start < seconds):
-        best = min(best, clocked(run, device) / times)
+        best = min(best, clocked(again, device) / times)
         done += 1
     return best
 

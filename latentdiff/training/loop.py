@@ -126,7 +126,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native_bf16()))
 
 
-def quick_attention(device: torch.device) -> AbstractContextManager[None]:
+def quick_attention(device: torch.device) -> AbstractContextManager[object]:
     """On a CPU, attention as plain products: for few tokens the fused kernel's backward pass takes several times as long."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
