@@ -270,17 +270,16 @@ class UNet(nn.Module):
     def embed_grid(
         self, times: Sequence[float], vector: Float[Tensor, "b v"] | None, batch: int, like: Tensor
     ) -> dict[float, Float[Tensor, "b s"]]:
-        """What the res blocks add at each of the times of a run, in one product; `forward` takes it in place of t.
+        """What the res blocks add at each of the times of a run, each by itself, so that no other time moves its last bit;
+        `forward` takes it in place of t.
 
         Empty where that depends on a guidance embedding too, or would be more than `GRID` rows.
         """
         rows = 1 if vector is None else batch
         if self.config.time_cond_dim is not None or not 0 < rows * len(times) <= GRID:
             return {}
-        t = torch.tensor(times, device=like.device).repeat_interleave(rows)
-        vectors = None if vector is None else vector.repeat(len(times), 1)
-        table = self.embed_times(t, vectors, None, like.dtype).unflatten(0, (len(times), rows))
-        return dict(zip(times, table.expand(-1, batch, -1), strict=True))
+        table = (self.embed_times(torch.full((rows,), time, device=like.device), vector, None, like.dtype) for time in times)
+        return {time: shifts.expand(batch, -1) for time, shifts in zip(times, table, strict=True)}
 
     def forward(
         self,

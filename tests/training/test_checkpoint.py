@@ -131,6 +131,7 @@ def test_killed_at_any_moment_the_newest_whole_checkpoint_loads(tmp_path: Path) 
 
 
 def save_for_ever(run: Path, first: int, done: Path) -> None:
+    torch.set_num_threads(1)  # a forked process has none of the threads that its parent's pool counts on
     for step in range(first, 10**6):
         save(run, made(step, numbers=200_000), keep=2)
         with done.open("a") as f:
