@@ -167,12 +167,13 @@ def rebuilt(pipe: latentdiff.Pipeline, todo: Sequence[Task], seed: int, kept: Ke
 
 def each(work: Callable[[Any], Any], items: Sequence[Any], workers: int, about: str) -> list[Any]:
     """`work` of every item in threads, which share the cores: one core a thread serves small networks best."""
-    cores = max(1, torch.get_num_threads() // workers)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores,))
+    all_cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, all_cores // workers),))
     try:
         return list(tqdm(pool.map(work, items), total=len(items), desc=about, dynamic_ncols=True))
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(all_cores)  # what a thread sets is also what every thread starts with that comes later
 
 
 # ------------------------------------------------------------------------------------------------------------------ tasks

@@ -226,3 +226,9 @@ def test_pictures_noised_together_are_those_that_edits_make_alone(compare, drawi
     for k, (t, image) in enumerate(zip(todo, together, strict=True)):
         alone = tiny_pipe.edit(t.picture, source=t.source, target=t.target, method="img2img", seed=5 + k, **settings)[0]
         assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
+
+
+def test_sharing_the_cores_leaves_later_threads_what_they_had(compare):
+    threads = torch.get_num_threads()
+    assert compare.each(lambda _: torch.get_num_threads(), range(4), 2, "cores") == [max(1, threads // 2)] * 4
+    assert compare.each(lambda _: torch.get_num_threads(), range(1), 1, "cores") == [threads]
