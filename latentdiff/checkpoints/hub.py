@@ -24,17 +24,19 @@ def fetch(repo: str, *, variant: str | None = None, revision: str | None = None)
 
     With HF_HUB_OFFLINE, or where the hub cannot be reached, what the cache holds is used.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         try:
-            files = HfApi().list_repo_files(repo, revision=revision)
+            # Asks once; `list_repo_files` would go on asking for 23 s where there is no network.
+            info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except Exception as error:  # offline, out of reach, or down: the errors are those of whichever HTTP library it uses
             if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
                 raise
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=needed(files, variant)))
+        files = needed([file.rfilename for file in info.siblings or []], variant)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except LocalEntryNotFoundError as error:
         if part := getattr(error, "snapshot_path", None):  # "incomplete": the files that we never fetch are not there
             return Path(part)
