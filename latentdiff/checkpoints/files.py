@@ -7,6 +7,7 @@ header is small, so it is checked here, and each fault says what was expected, w
 import json
 import mmap
 import os
+import re
 import shutil
 import struct
 import weakref
@@ -43,6 +44,15 @@ NOT_WEIGHTS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file; latentdiff reads safetensors, so take the unquantised file"),
 )
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip of torch.save, bare pickles
+
+
+LEFTOVERS = (  # what the first Stable Diffusion files hold of their trainer's state, beside the tensors
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
 
 
 class CheckpointError(ValueError):
@@ -211,12 +221,27 @@ def _open_pickle(path: Path, allowed: bool) -> TensorFile:
             f"{path}: this is a pickle (.ckpt, .pt, .bin), which can run code when read, whatever its file name says. Use a "
             ".safetensors file; or, if you trust it, allow_pickle=True, which still reads nothing but tensors (weights_only)"
         )
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: this is a pickle under the name of a safetensors file; if you trust it, rename it to .ckpt")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with torch.serialization.safe_globals([(_Leftover, name) for name in LEFTOVERS]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # the unpickler raises many types
-        raise CheckpointError(f"{path}: torch refuses to read this pickle with weights_only=True: {_first_line(error)}") from None
+        raise CheckpointError(
+            f"{path}: torch refuses to read this pickle with weights_only=True: {_refusal(error)}. Use a .safetensors file"
+        ) from None
     name = loaded.get("name") if isinstance(loaded, Mapping) else None
     return in_memory(path, _unnest(path, loaded), {"name": name} if isinstance(name, str) else {})
+
+
+class _Leftover:
+    """In the place of LEFTOVERS: takes anything, does nothing."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _is_zip(path: Path) -> bool:
@@ -336,5 +361,10 @@ def some_names(names: Iterable[str], most: int = 8) -> str:
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+def _refusal(error: Exception) -> str:
+    """The reason, without torch's advice to load the file in a way that runs code."""
+    text = str(error).strip()
+    if asks := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {asks[1]}, which is no part of a tensor and could run code"
+    reason = re.search(r"WeightsUnpickler error: (.*)", text)
+    return (reason[1] if reason else text.split("\n", 1)[0]).rstrip(". ") or type(error).__name__

@@ -4,9 +4,12 @@ import json
 import os
 import pickle
 import struct
+import sys
+import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -212,9 +215,15 @@ def pickled(path: Path, canary: Path, kind: str) -> None:
 def test_a_pickle_never_runs(tmp_path, name, kind, allow):
     canary = tmp_path / "canary"
     pickled(tmp_path / name, canary, kind)
-    message = "refuses to read this pickle with weights_only" if allow else "this is a pickle"
-    with pytest.raises(CheckpointError, match=message):
+    message = "this is a pickle"
+    if allow:
+        refused = "torch refuses to read this pickle with weights_only=True: .*. Use a .safetensors file$"
+        message = refused if name.endswith("ckpt") else "this is a pickle under the name of .*, rename it to .ckpt"
+    with pytest.raises(CheckpointError, match=message) as error:
         open_tensors(tmp_path / name, allow_pickle=allow)
+    assert "weights_only=False" not in str(error.value)
+    if allow and name.endswith("ckpt") and kind in ("zip", "legacy", "2"):
+        assert f"it asks for {os.mkdir.__module__}.mkdir, which" in str(error.value)
     assert not canary.exists()
     if kind in "2345":  # the canary would sing
         pickle.loads((tmp_path / name).read_bytes())
@@ -245,6 +254,28 @@ def test_tensors_of_a_ckpt_nested_or_not(tmp_path, nested):
     file = open_tensors(tmp_path / "x.ckpt", allow_pickle=True)
     assert set(file.entries) == ({"w", "global_step"} if nested else {"w"})
     assert torch.equal(file.get("w"), torch.ones(2))
+
+
+def test_a_trainers_state_beside_the_tensors_is_passed_over(tmp_path, monkeypatch):
+    """As in sd-v1-4.ckpt: a class of Lightning and a number of numpy's; neither is imported, neither is what it says."""
+    ran = []
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    for i in range(1, 4):
+        parent = ".".join(name.split(".")[:i])
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    callback = type("ModelCheckpoint", (), {"__module__": name, "__setstate__": lambda self, state: ran.append(state)})
+    monkeypatch.setattr(sys.modules[name], "ModelCheckpoint", callback, raising=False)
+    one = callback()
+    one.best = np.float64(0.1)
+    loaded = {"callbacks": {callback: {"best": np.float64(0.1)}, "one": one}, "state_dict": {"w": torch.ones(2)}}
+    torch.save(loaded, tmp_path / "x.ckpt")
+    file = open_tensors(tmp_path / "x.ckpt", allow_pickle=True)
+    assert torch.equal(file.get("w"), torch.ones(2))
+    assert not ran
+    assert torch.load(tmp_path / "x.ckpt", weights_only=False)["callbacks"]["one"]
+    assert ran  # the canary would sing
+    with pytest.raises(pickle.UnpicklingError, match="Unsupported global"):
+        torch.load(tmp_path / "x.ckpt", weights_only=True)  # what is passed over here is not let through elsewhere
 
 
 def test_a_ckpt_that_holds_no_dictionary(tmp_path):
