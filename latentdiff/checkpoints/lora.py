@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentdiff.checkpoints import keymap
-from latentdiff.checkpoints.files import CheckpointError, TensorFile, open_tensors, some_names
+from latentdiff.checkpoints.files import CheckpointError, TensorFile, open_tensors, read_json, some_names
 from latentdiff.checkpoints.fill import on_meta
 from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
@@ -82,10 +82,14 @@ OLD_NAMES: Mapping[str, str] = {  # diffusers before 2023-09
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What a file says of one weight. `alpha / rank` scales it; without an alpha that is 1."""
+    """What a file says of one weight. `alpha / rank` scales it; without an alpha that is 1.
+
+    said: the rank for changes that have none of their own, where a file tells it.
+    """
 
     tensors: Mapping[str, Tensor]
     alpha: float | None = None
+    said: int | None = None
 
     @property
     def rank(self) -> int | None:
@@ -93,7 +97,7 @@ class Change:
         for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
             if role in self.tensors:
                 return self.tensors[role].shape[0]
-        return None
+        return self.said
 
     @property
     def strength(self) -> float:
@@ -154,7 +158,7 @@ def read_lora(path: str | os.PathLike, networks: Networks, *, allow_pickle: bool
             f"{some_names(unknown) or 'the file is empty'}. The LoRA was made for another kind of model, or is of a kind that "
             "latentdiff does not know; nothing was loaded"
         )
-    said = _peft_alphas(file)
+    said = _peft_config(file)
     changes = {target: _change(file, target, roles, said) for target, roles in found.items()}
     shapes = {network: {k: v.to("meta") for k, v in module.state_dict().items()} for network, module in networks.items()}
     for (network, name), change in changes.items():
@@ -189,6 +193,8 @@ def _targets(networks: Networks) -> dict[str, Target]:
         spelled = {name: name for name in names}
         if isinstance(module, UNet):
             spelled |= {source.name: name for name, source in keymap.unet_sources(names, module.config, prefix="").items()}
+        else:  # transformers from 5.0 on leaves the prefix out
+            spelled |= {name.removeprefix("text_model."): name for name in names}
         for spelling, name in spelled.items():
             for prefix in (*UNDERSCORED[network], *extra):
                 targets[prefix + spelling.replace(".", "_")] = (network, name)
@@ -204,13 +210,16 @@ def _change(file: TensorFile, target: Target, roles: Mapping[str, str], said: Ma
         raise CheckpointError(f"{file.path}: the keys {some_names(roles.values())} are no complete change of a weight")
     if any(not t.isfinite().all() for t in tensors.values()):
         raise CheckpointError(f"{file.path}: {some_names(roles.values())} hold NaN or infinite numbers")
-    alpha = float(file.get(roles["alpha"])) if "alpha" in roles else None
-    change = Change(tensors, alpha)
-    return change if alpha is not None or not said else Change(tensors, _peft_alpha(said, target, change.rank))
+    if "alpha" in roles or not said:
+        return Change(tensors, float(file.get(roles["alpha"])) if "alpha" in roles else None)
+    return _with_alpha(Change(tensors), target, said)
 
 
-def _peft_alphas(file: TensorFile) -> dict[str, Any]:
-    """What diffusers writes of peft's configuration into the header."""
+def _peft_config(file: TensorFile) -> dict[str, Any]:
+    """What diffusers writes of peft's configuration into the header; peft itself writes it beside the file."""
+    beside = file.path.with_name("adapter_config.json")
+    if file.path.stem == "adapter_model" and beside.is_file():
+        return {f"unet.{name}": value for name, value in read_json(beside).items()}
     try:
         said = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError as error:
@@ -218,24 +227,29 @@ def _peft_alphas(file: TensorFile) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _peft_alpha(said: Mapping[str, Any], target: Target, rank: int | None) -> float | None:
+def _with_alpha(change: Change, target: Target, said: Mapping[str, Any]) -> Change:
     """peft's alpha of a weight; with `use_rslora` (arXiv 2312.03732) it counts by the root of the rank."""
     network, name = target
     prefix = {"unet": "unet", "text 0": "text_encoder", "text 1": "text_encoder_2"}[network]
-    alpha = said.get(f"{prefix}.lora_alpha")
-    for pattern, value in (said.get(f"{prefix}.alpha_pattern") or {}).items():
-        if re.search(rf"(^|\.){pattern}$", name):
-            alpha = value
+
+    def find(value: Any, patterns: str) -> Any:
+        for pattern, other in (said.get(f"{prefix}.{patterns}") or {}).items():
+            value = other if re.search(rf"(^|\.){pattern}$", name) else value
+        return value
+
+    alpha = find(said.get(f"{prefix}.lora_alpha", said.get(f"{prefix}.alpha")), "alpha_pattern")  # of LoRA; of LoHa and LoKr
+    rank = change.rank or find(said.get(f"{prefix}.r"), "rank_pattern")
     if alpha is None or rank is None:
-        return None
-    return float(alpha) * (math.sqrt(rank) if said.get(f"{prefix}.use_rslora") else 1.0)
+        return change
+    root = math.sqrt(rank) if said.get(f"{prefix}.use_rslora") else 1.0
+    return replace(change, alpha=float(alpha) * root, said=rank)
 
 
 def _check(path: Path, where: str, change: Change, state: Mapping[str, Tensor], name: str) -> None:
     """Compute with shapes alone (`meta`), to see that they fit."""
     shape = tuple(state[f"{name}.weight"].shape)
     try:
-        shapes_only = Change({role: t.to("meta") for role, t in change.tensors.items()}, change.alpha)
+        shapes_only = replace(change, tensors={role: t.to("meta") for role, t in change.tensors.items()})
         difference(state[f"{name}.weight"], [(shapes_only, 1.0)])
         if "bias" in change.tensors:
             shapes_only.tensors["bias"].reshape(state[f"{name}.bias"].shape)

@@ -266,7 +266,7 @@ def test_a_trainers_state_beside_the_tensors_is_passed_over(tmp_path, monkeypatc
     callback = type("ModelCheckpoint", (), {"__module__": name, "__setstate__": lambda self, state: ran.append(state)})
     monkeypatch.setattr(sys.modules[name], "ModelCheckpoint", callback, raising=False)
     one = callback()
-    one.best = np.float64(0.1)
+    vars(one)["best"] = np.float64(0.1)
     loaded = {"callbacks": {callback: {"best": np.float64(0.1)}, "one": one}, "state_dict": {"w": torch.ones(2)}}
     torch.save(loaded, tmp_path / "x.ckpt")
     file = open_tensors(tmp_path / "x.ckpt", allow_pickle=True)

@@ -59,13 +59,14 @@ SPELLINGS = {
     "diffusers": "unet.{unet}.lora.{d}.weight text_encoder.{text}.lora_linear_layer.{d}.weight",
     "peft": "unet.{unet}.lora_{AB}.weight text_encoder.{text}.lora_{AB}.weight",
     "peft default": "base_model.model.{unet}.lora_{AB}.default.weight text_encoder.{text}.lora_{AB}.default.weight",
+    "transformers 5": "unet.{unet}.lora.{d}.weight text_encoder.{short}.lora_linear_layer.{d}.weight",
     "te1": "lora_unet_{unet_}.lora_{d}.weight lora_te1_{text_}.lora_{d}.weight",
 }
 
 
 def spelled(spelling, network, name, role):
     template = SPELLINGS[spelling].split()[network != "unet"]
-    fields = {"unet": name, "text": name, "unet_": name.replace(".", "_"), "text_": name.replace(".", "_")}
+    fields = {"unet": name, "text": name, "short": name.removeprefix("text_model."), "unet_": name.replace(".", "_"), "text_": name.replace(".", "_")}
     return template.format(**fields, d=role, AB="A" if role == "down" else "B")
 
 
@@ -306,16 +307,19 @@ def test_lokr_is_a_kronecker_product(second, shape):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr pair", "LoHa conv", "LoKr conv"])
-def test_peft_agrees_on_loha_and_lokr(sd15, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["LoRA", "LoRA conv", "LoHa", "LoKr", "LoKr pair", "LoHa conv", "LoKr conv"])
+def test_peft_agrees_on_the_folders_that_it_saves(sd15, tmp_path, kind):
+    """adapter_model.safetensors, whose alpha stands in the adapter_config.json beside it."""
     peft = pytest.importorskip("peft")
     conv = "conv" in kind
     target = CONV if conv else LINEAR
-    if kind.startswith("LoHa"):
-        config = peft.LoHaConfig(r=4, alpha=4, target_modules=[target], use_effective_conv2d=True, init_weights=False)
+    if kind.startswith("LoRA"):
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=[target], init_lora_weights=False)
+    elif kind.startswith("LoHa"):
+        config = peft.LoHaConfig(r=4, alpha=6, target_modules=[target], use_effective_conv2d=True, init_weights=False)
     else:
         config = peft.LoKrConfig(
-            r=4, alpha=4, target_modules=[target], use_effective_conv2d=True, init_weights=False,
+            r=4, alpha=6, target_modules=[target], use_effective_conv2d=True, init_weights=False,
             decompose_both="pair" in kind, decompose_factor=2 if "pair" in kind else 8,
         )  # fmt: skip
     import copy
@@ -325,8 +329,9 @@ def test_peft_agrees_on_loha_and_lokr(sd15, tmp_path, kind):
         for n, p in model.named_parameters():
             if "hada" in n or "lokr" in n:
                 p.normal_(std=0.3)
-    write_safetensors(tmp_path / "l.safetensors", peft.get_peft_model_state_dict(model))
-    made = with_loras(sd15, [(read_lora(tmp_path / "l.safetensors", sd15), 1.0)])
+    model.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path / "adapter_model.safetensors", sd15)
+    made = with_loras(sd15, [(lora, 1.0)])
     merged = model.merge_and_unload().get_submodule(target).weight
     assert (merged - weight(sd15, "unet", target)).abs().max() > 0.01
     close(weight(made, "unet", target), merged)
