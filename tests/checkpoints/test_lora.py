@@ -66,7 +66,8 @@ SPELLINGS = {
 
 def spelled(spelling, network, name, role):
     template = SPELLINGS[spelling].split()[network != "unet"]
-    fields = {"unet": name, "text": name, "short": name.removeprefix("text_model."), "unet_": name.replace(".", "_"), "text_": name.replace(".", "_")}
+    fields = {"unet": name, "text": name, "short": name.removeprefix("text_model.")}
+    fields |= {f"{network}_": name.replace(".", "_") for network in ("unet", "text")}
     return template.format(**fields, d=role, AB="A" if role == "down" else "B")
 
 
