@@ -161,7 +161,7 @@ def tiny_parts() -> Any:
     """tiny_parts(**changes of the spec): a random model of some 100,000 parameters: 32 x 32 pictures, v prediction, cosine."""
     from dataclasses import replace
 
-    from latentdiff.checkpoints.families import EMBEDDED
+    from latentdiff.checkpoints.families import EMBEDDED, SamplingSpec
     from latentdiff.checkpoints.io import Parts
     from latentdiff.models.text import TextTower, TowerSpec
     from latentdiff.models.unet import UNet, UNetConfig
@@ -175,7 +175,8 @@ def tiny_parts() -> Any:
         context_dim=32, norm_groups=8, sample_size=8,
     )  # fmt: skip
     vae = VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_groups=4, scale=0.5, force_upcast=False, sample_size=32)
-    tiny = replace(EMBEDDED, name="custom", unet=unet, vae=vae, towers=(tower,), size=32)
+    sampling = SamplingSpec(spacing="trailing", steps_offset=0, final="zero")  # whatever the embedded model is sampled with
+    tiny = replace(EMBEDDED, name="custom", unet=unet, vae=vae, towers=(tower,), size=32, sampling=sampling)
 
     def make(**changes: Any) -> Parts:
         spec = replace(tiny, **changes)

@@ -11,6 +11,8 @@ from typing import Any
 
 from latentdiff.checkpoints.families import FAMILIES, ModelSpec, SamplingSpec, ScheduleSpec, TowerSpec
 from latentdiff.checkpoints.files import CheckpointError, read_json
+from latentdiff.diffusion.samplers import SAMPLERS
+from latentdiff.diffusion.schedules import SPACINGS
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
 from latentdiff.models.vae_tiny import TinyVAEConfig
@@ -88,6 +90,10 @@ SCHEDULER_CLASSES = {
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
 }
+TIME_SPACINGS = ("leading", "trailing", "linspace")
+TIMES_OF = {"lcm": "leading"}  # what is written for a spacing that is none of those
+# In `_sampling` of a scheduler's file stands what its other fields have no word for; diffusers skips names that begin so.
+OWN = {"sampler": str, "spacing": str, "steps": int, "guidance": (int, float)}
 LCM_GUIDANCE = 8.0  # of models that take the scale as an input (Luo et al., arXiv 2310.04378, section 5)
 
 PIPELINES: Mapping[tuple[bool, str], str] = {  # (SDXL?, task)
@@ -268,7 +274,7 @@ def read_schedule(config: Config) -> tuple[ScheduleSpec, SamplingSpec, str]:
     """The noise schedule, how to sample, and the prediction, of a `scheduler_config.json`."""
     config.check(SCHEDULE_FIXED)
     config.check({"beta_schedule": tuple(KINDS), "prediction_type": tuple(PREDICTIONS)})
-    config.check({"timestep_spacing": ("leading", "trailing", "linspace")})
+    config.check({"timestep_spacing": TIME_SPACINGS})
     name = str(config.data.get("_class_name"))
     spacing, to_lowest = SCHEDULER_DEFAULTS.get(name, ("linspace", False))
     spacing = config.get("timestep_spacing", str, spacing)
@@ -288,7 +294,16 @@ def read_schedule(config: Config) -> tuple[ScheduleSpec, SamplingSpec, str]:
         steps_offset=config.get("steps_offset", int, 0),
         final="sigma_min" if to_lowest else "zero",
     )
-    return schedule, _distilled(name, sampling, schedule, prediction), prediction
+    return schedule, replace(_distilled(name, sampling, schedule, prediction), **_own(config)), prediction
+
+
+def _own(config: Config) -> dict[str, Any]:
+    """Sampler, spacing, steps and guidance, those that the file's `_sampling` names."""
+    own = Config(config.path, config.get("_sampling", dict, {}))
+    if unknown := sorted(set(own.data) - set(OWN)):
+        raise CheckpointError(f"{config.path}: _sampling may hold {', '.join(OWN)}, found {unknown[0]!r}")
+    own.check({"sampler": tuple(SAMPLERS), "spacing": tuple(SPACINGS)})
+    return {name: own.get(name, kind) for name, kind in OWN.items() if name in own.data}
 
 
 def _distilled(name: str, sampling: SamplingSpec, schedule: ScheduleSpec, prediction: str) -> SamplingSpec:
@@ -466,12 +481,14 @@ def scheduler_json(spec: ModelSpec) -> dict[str, Any]:
         "rescale_betas_zero_snr": schedule.zero_snr,
         "set_alpha_to_one": sampling.final == "zero",
         "steps_offset": sampling.steps_offset,
-        "timestep_spacing": "leading" if sampling.spacing == "lcm" else sampling.spacing,
+        "timestep_spacing": sampling.spacing if sampling.spacing in TIME_SPACINGS else TIMES_OF.get(sampling.spacing, "trailing"),
     }
     if name.startswith("Euler"):  # has neither of them
         del json["clip_sample"], json["set_alpha_to_one"]
         json["final_sigmas_type"] = sampling.final
-    return json
+    said = read_schedule(Config(Path("scheduler_config.json"), json))[1]
+    own = {name: getattr(sampling, name) for name in OWN if getattr(sampling, name) not in (None, getattr(said, name))}
+    return json | ({"_sampling": own} if own else {})
 
 
 def index_json(spec: ModelSpec) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class ScheduleSpec:
 class SamplingSpec:
     """How the model's own files want it sampled. None leaves the choice to the pipeline."""
 
-    spacing: Literal["leading", "trailing", "linspace", "lcm"] = "leading"
+    spacing: str = "leading"  # one of diffusion.schedules.SPACINGS
     steps_offset: int = 1
     final: Literal["zero", "sigma_min"] = "sigma_min"  # where the last step goes; `set_alpha_to_one` in scheduler_config.json
     sampler: str | None = None
@@ -139,7 +139,8 @@ SDXL_REFINER = replace(
     SDXL, name="sdxl-refiner", unet=_UNET_REFINER, towers=(OPENCLIP_BIGG,), vector="aesthetic", zero_empty_negative=False
 )
 
-# Our own model: 128 x 128 pictures, latents 4 x 16 x 16. Its folder is what is read; this value is what it was trained as.
+# Our own model: 128 x 128 pictures, latents 4 x 16 x 16. Its folder is what is read; this value is what it was trained as. How it
+# is sampled unless told otherwise is said here, and by its training written to weights/scheduler/scheduler_config.json.
 EMBEDDED = replace(
     SD15,
     name="embedded",

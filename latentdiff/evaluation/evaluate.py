@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from latentdiff import __version__
 from latentdiff.checkpoints.files import write_json, write_text
-from latentdiff.diffusion.samplers import FACTS, SAME, SAMPLERS, resolve
+from latentdiff.diffusion.samplers import SAME, SAMPLERS, bind, resolve
+from latentdiff.diffusion.schedules import grid
 from latentdiff.evaluation.clip_score import ClipScorer, clip_score, ranks, top
 from latentdiff.evaluation.fid import frechet_distance, kernel_distance
 from latentdiff.evaluation.kept import Kept, fingerprint
@@ -76,11 +77,13 @@ class Evaluation:
     batch: int = BATCH
     """Pictures in one network call; on a GPU 128 is faster."""
     samplers: tuple[str, ...] = ()
-    """Samplers to compare, each at each of `sampler_steps`; "all" for all, those of one rule measured once."""
-    sampler_steps: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
+    """Samplers to compare, each at each of `sampler_steps`, also with a grid: "DPM++ 2M Karras". "all" is all of the table."""
+    sampler_steps: tuple[int, ...] = (5, 10, 20)
     """Step counts at which samplers are compared."""
-    sampler_pictures: int = 100
+    sampler_pictures: int = 64
     """Pictures to generate for each of those: this times the sum of the steps times the samplers is what it costs."""
+    samplers_alone: bool = False
+    """Compare samplers and measure nothing else."""
     judge: str | None = None
     """Another CLIP as judge: open_clip's name for it, "=", and a file with its weights, as in ViT-B-32=weights.safetensors."""
     device: str | None = None
@@ -100,10 +103,15 @@ class Evaluation:
             raise ValueError(f"judge must be NAME=FILE, as in ViT-B-32=weights.safetensors, got {self.judge!r}")
         for name in self.compared:
             resolve(name)
+        if self.samplers_alone and not self.samplers:
+            raise ValueError("samplers must be named, or all, where they alone are compared; got none")
+        if not self.sampler_steps or min(self.sampler_steps) < 1:
+            raise ValueError(f"sampler_steps must be numbers of at least 1, got {list(self.sampler_steps)}")
 
     @property
     def compared(self) -> tuple[str, ...]:
-        return tuple(SAMPLERS) if self.samplers == ("all",) else self.samplers
+        """The samplers in the order given, each once."""
+        return tuple(dict.fromkeys(name for given in self.samplers for name in (SAMPLERS if given == "all" else [given])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,14 +134,41 @@ class Report:
     settings: Mapping[str, Any]
 
     def markdown(self) -> str:
-        lines = ["# Evaluation", "", ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, [], "")), ""]
-        lines += ["| measure | value | what it means |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {value:.4g} | {MEANINGS[name]} |" for name, value in self.numbers.items()]
+        lines = ["# Evaluation", "", ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, [], ""))]
+        if self.numbers:
+            lines += ["", "| measure | value | what it means |", "| --- | --- | --- |"]
+            lines += [f"| {name} | {value:.4g} | {MEANINGS[name]} |" for name, value in self.numbers.items()]
         if self.samplers:
-            heads = list(self.samplers[0])
-            lines += ["", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-            lines += [f"| {' | '.join(_short(v) for v in row.values())} |" for row in self.samplers]
+            lines += ["", *sampler_table(self.samplers)]
         return "\n".join(lines) + "\n"
+
+
+def sampler_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown: a row for each sampler and grid, columns of steps; names of one rule share a row, bold is the best."""
+    steps, found = list(dict.fromkeys(row["steps"] for row in rows)), {}
+    for row in rows:
+        sampler, spacing = resolve(row["sampler"])
+        names, at = found.setdefault((SAME.get(sampler, sampler), spacing or row["spacing"]), ({}, {}))
+        names[sampler], at[row["steps"]] = None, row
+    heads = ["sampler", "grid", "evaluations", *(f"{what} {n}" for what in ("FID", "CLIP") for n in steps), "s a picture"]
+    best = {("fid", n): min(at[n]["fid"] for _, at in found.values()) for n in steps}
+    best |= {("clip_score", n): max(at[n]["clip_score"] for _, at in found.values()) for n in steps}
+
+    def cell(row: Mapping[str, Any], what: str) -> str:
+        text = f"{row[what]:.1f}"
+        return f"**{text}**" if row[what] == best[what, row["steps"]] else text
+
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " --: |" * (len(heads) - 2)]
+    for (_, spacing), (names, at) in found.items():
+        cells = [", ".join(names), spacing, ", ".join(str(at[n]["evaluations"]) for n in steps)]
+        cells += [cell(at[n], what) for what in ("fid", "clip_score") for n in steps]
+        lines.append(f"| {' | '.join([*cells, ', '.join(_short(at[n]['seconds']) for n in steps)])} |")
+    return [
+        f"FID (0 is best) and CLIP score of {rows[0]['pictures']} pictures a cell; so few raise FID: compare cells with each other alone."
+        " Numbers in the heads are steps; evaluations of the network and seconds follow them.",
+        "",
+        *lines,
+    ]
 
 
 def evaluate(config: Evaluation) -> Report:
@@ -145,21 +180,31 @@ def evaluate(config: Evaluation) -> Report:
     exam = open_exam(config, pipe.spec.size)
     judge = open_judge(config, pipe.device)
     kept = Kept(config.out / "unfinished.json", question(config, pipe))
-    drawn = kept("zero-shot", lambda: zero_shot(pipe, judge, exam, config))
-    numbers = drawn["numbers"] | kept("FID", lambda: distances(judge, exam, generate(pipe, exam.captions, config, "FID")[0]))
-    numbers |= {"vae_psnr": kept("VAE", lambda: vae_psnr(pipe, exam.held_out)), "seconds": drawn["seconds"]}
-    made = settings(pipe, judge, exam, drawn["recipe"]) | {"batch": config.batch}
-    report = Report(numbers, compare_samplers(pipe, judge, exam, config, kept), made)
+    numbers, recipe = ({}, {}) if config.samplers_alone else measure(pipe, judge, exam, config, kept)
+    rows = compare_samplers(pipe, judge, exam, config, kept)
+    recipe = recipe or {"guidance": rows[0]["guidance"], "seed": config.seed}
+    report = Report(numbers, rows, settings(pipe, judge, exam, recipe) | {"batch": config.batch})
     write_json(config.out / "evaluation.json", asdict(report))
     write_text(config.out / "evaluation.md", report.markdown())
     kept.done()
     return report
 
 
+def measure(
+    pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Evaluation, kept: Kept
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """All numbers but those of the samplers, and the recipe of the first generated picture."""
+    drawn = kept("zero-shot", lambda: zero_shot(pipe, judge, exam, config))
+    numbers = drawn["numbers"] | kept("FID", lambda: distances(judge, exam, generate(pipe, exam.captions, config, "FID")[0]))
+    numbers |= {"vae_psnr": kept("VAE", lambda: vae_psnr(pipe, exam.held_out)), "seconds": drawn["seconds"]}
+    return numbers, drawn["recipe"]
+
+
 def question(config: Evaluation, pipe: Pipeline) -> dict[str, Any]:
     """What the numbers depend on; which samplers are compared is no part of it."""
-    plain = replace(config, out=Path(), samplers=(), sampler_steps=(), progress=False)
-    return asdict(plain) | {"weights": fingerprint(pipe.unet), "dtype": str(pipe.dtype), "version": __version__}
+    free = ("out", "samplers", "sampler_steps", "samplers_alone", "progress")
+    asked = {key: value for key, value in asdict(config).items() if key not in free}
+    return asked | {"weights": fingerprint(pipe.unet), "dtype": str(pipe.dtype), "version": __version__}
 
 
 def show(config: Evaluation) -> None:
@@ -169,7 +214,7 @@ def show(config: Evaluation) -> None:
 
 def settings(pipe: Pipeline, judge: ClipScorer, exam: Exam, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What another needs to know to get the same numbers; recipe: that of the first generated picture."""
-    chosen = {k: recipe[k] for k in ("sampler", "spacing", "steps", "guidance", "seed")}
+    chosen = {k: recipe[k] for k in ("sampler", "spacing", "steps", "guidance", "seed") if k in recipe}
     return {
         "model": pipe.title, "version": f"latentdiff {__version__}", "judge": judge.name,
         "prompts": len(exam.prompts), "names": len(exam.names), "held-out": len(exam.held_out), **chosen,
@@ -307,8 +352,11 @@ def compare_samplers(pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Eval
 
     def row(name: str, steps: int) -> dict[str, float]:
         drawn, seconds = generate(pipe, captions, config, f"{name}, {steps} steps", sampler=name, steps=steps)
-        features = judge.images(drawn)
+        features, recipe = judge.images(drawn), parse_parameters(drawn[0].info["parameters"])[0]
         return {
+            "spacing": recipe["spacing"],
+            "evaluations": evaluations(pipe, recipe),
+            "guidance": recipe["guidance"],
             "fid": frechet_distance(features, real),
             "kid": 1000 * kernel_distance(features, real),
             "clip_score": clip_score(features, texts).mean().item(),
@@ -320,8 +368,23 @@ def compare_samplers(pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Eval
         rule = (SAME.get(sampler, sampler), spacing)
         for steps in config.sampler_steps:
             found = kept(f"{rule}, {steps} steps", lambda name=name, steps=steps: row(name, steps))
-            rows.append({"sampler": name, "steps": steps, "evaluations": steps * FACTS[sampler].evaluations} | found)
+            rows.append({"sampler": name, "steps": steps, "pictures": len(captions)} | found)
     return rows
+
+
+def evaluations(pipe: Pipeline, recipe: Mapping[str, Any]) -> int:
+    """How often a run calls the network: the sampler at work on a single number."""
+    called = []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        called.append(sigma)
+        return x
+
+    own = pipe.spec.sampling
+    sigmas = grid(pipe.schedule, recipe["steps"], recipe["spacing"], offset=own.steps_offset, final=own.final)
+    for _ in bind(recipe["sampler"], pipe.schedule)(denoise, torch.ones(1), sigmas, randn=torch.zeros_like):
+        pass
+    return len(called)
 
 
 def _short(value: Any) -> str:

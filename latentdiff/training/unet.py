@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentdiff.checkpoints import configs, tokenizer
-from latentdiff.checkpoints.families import EMBEDDED, ModelSpec, SamplingSpec, ScheduleSpec
+from latentdiff.checkpoints.families import EMBEDDED, ModelSpec, ScheduleSpec
 from latentdiff.checkpoints.files import read_json, write_json, write_safetensors, write_text
 from latentdiff.checkpoints.fill import Options, on_meta
 from latentdiff.checkpoints.io import Parts, from_folder, load_vae
@@ -206,7 +206,6 @@ def model_spec(config: UNetTraining, vae: VAE, tower: TextTower) -> ModelSpec:
         vae=vae.config,
         towers=(tower.spec,),
         schedule=ScheduleSpec(kind=config.schedule),
-        sampling=SamplingSpec(spacing="trailing", steps_offset=0, final="zero"),
         prediction=config.prediction,
         size=config.size,
     )

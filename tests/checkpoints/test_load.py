@@ -458,7 +458,19 @@ def test_scheduler_files(name):
     assert (sampling, prediction) == (expected, "eps")
 
 
-@pytest.mark.parametrize("spec", [*ALL, families.EMBEDDED], ids=lambda s: s.name)
+def sampled(spec, **changes):
+    """The spec with other habits of sampling, as the owner of a model writes them in its scheduler's file."""
+    return replace(spec, name=f"{spec.name} {changes}", sampling=replace(spec.sampling, **changes))
+
+
+OWN = [
+    sampled(families.EMBEDDED, sampler="dpmpp_2m", spacing="karras", steps=20, guidance=5.0),
+    sampled(families.SD15, sampler="unipc", steps=12),
+    sampled(families.SDXL, sampler="euler", spacing="trailing", steps=6, guidance=1.5),
+]
+
+
+@pytest.mark.parametrize("spec", [*ALL, families.EMBEDDED, *OWN], ids=lambda s: s.name)
 def test_configurations_survive_a_round_trip(spec):
     path = Path("config.json")
     again = configs.assemble(
@@ -472,7 +484,22 @@ def test_configurations_survive_a_round_trip(spec):
         index=configs.index_json(spec),
     )
     assert again == replace(spec, name=again.name)
-    assert again.name == spec.name or spec is families.EMBEDDED
+    assert again.name == spec.name or spec is families.EMBEDDED or spec in OWN
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"sampler": "ddmi"}, "sampler is 'ddmi'; latentdiff runs only 'ddpm' or 'ddim'"),
+        ({"spacing": "karas"}, "spacing is 'karas'; latentdiff runs only"),
+        ({"steps": "20"}, "steps must be int, found '20'"),
+        ({"step": 20}, "_sampling may hold sampler, spacing, steps, guidance, found 'step'"),
+        ("ddim", "_sampling must be dict, found 'ddim'"),
+    ],
+)
+def test_bad_habits_of_sampling_are_named(own, message):
+    with pytest.raises(CheckpointError, match=message):
+        configs.read_schedule(configs.Config(Path("s.json"), {"_class_name": "DDIMScheduler", "_sampling": own}))
 
 
 @pytest.mark.parametrize("field", [*configs.UNET_FIXED, "addition_time_embed_dim"])

@@ -142,8 +142,10 @@ def test_the_report_of_a_model(config: Evaluation) -> None:
     assert set(report.numbers) == set(MEANINGS)
     assert all(np.isfinite(value) for value in report.numbers.values())
     assert report.numbers["top5"] >= report.numbers["top1"] >= 0
-    assert [(r["sampler"], r["steps"], r["evaluations"]) for r in report.samplers] == [
-        ("ddim", 2, 2), ("ddim", 3, 3), ("DPM++ 2M Karras", 2, 2), ("DPM++ 2M Karras", 3, 3), ("heun", 2, 4), ("heun", 3, 6),
+    assert [(r["sampler"], r["spacing"], r["steps"], r["evaluations"], r["pictures"]) for r in report.samplers] == [
+        ("ddim", "trailing", 2, 2, 2), ("ddim", "trailing", 3, 3, 2),
+        ("DPM++ 2M Karras", "karras", 2, 2, 2), ("DPM++ 2M Karras", "karras", 3, 3, 2),
+        ("heun", "trailing", 2, 3, 2), ("heun", "trailing", 3, 5, 2),
     ]  # fmt: skip
 
     written = json.loads((config.out / "evaluation.json").read_text())
@@ -155,7 +157,7 @@ def test_the_report_of_a_model(config: Evaluation) -> None:
     assert table == report.markdown()
     for name, meaning in MEANINGS.items():
         assert f"| {name} | {report.numbers[name]:.4g} | {meaning} |" in table
-    assert "| sampler | steps | evaluations | fid | kid | clip_score | seconds |" in table
+    assert "| sampler | grid | evaluations | FID 2 | FID 3 | CLIP 2 | CLIP 3 | s a picture |" in table
     assert Image.open(config.out / "pictures.png").width == 8 * 32
 
     assert not (config.out / "unfinished.json").exists()
@@ -250,6 +252,57 @@ def test_a_fingerprint_tells_weights_apart() -> None:
 def test_all_samplers_by_one_word(config: Evaluation) -> None:
     assert replace(config, samplers=("all",)).compared == tuple(SAMPLERS)
     assert replace(config, samplers=("ddim", "euler a")).compared == ("ddim", "euler a")
+    assert replace(config, samplers=("all", "lms", "lms karras")).compared == (*SAMPLERS, "lms karras")
+
+
+def test_the_table_of_samplers_has_a_row_for_each_rule_and_grid() -> None:
+    def row(sampler: str, spacing: str, steps: int, fid: float, clip_score: float, evaluations: int) -> dict[str, Any]:
+        found = {"sampler": sampler, "spacing": spacing, "steps": steps, "fid": fid, "clip_score": clip_score}
+        return found | {"evaluations": evaluations, "pictures": 64, "seconds": 0.1234567 * steps}
+
+    rows = [row("ddim", "trailing", 5, 30.26, 60.0, 5), row("ddim", "trailing", 10, 20.0, 62.04, 10)]
+    rows += [row("euler", "trailing", 5, 30.26, 60.0, 5), row("euler", "trailing", 10, 20.0, 62.04, 10)]
+    rows += [row("DPM++ 2M Karras", "karras", 5, 40.0, 61.0, 5), row("DPM++ 2M Karras", "karras", 10, 18.0, 61.9, 10)]
+    rows += [row("dpmpp_2m", "trailing", 5, 25.0, 59.0, 5), row("dpmpp_2m", "trailing", 10, 19.0, 58.0, 10)]
+    note, blank, *table = module.sampler_table(rows)
+    assert "of 64 pictures a cell" in note
+    assert not blank
+    assert table == [
+        "| sampler | grid | evaluations | FID 5 | FID 10 | CLIP 5 | CLIP 10 | s a picture |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: |",
+        "| ddim, euler | trailing | 5, 10 | 30.3 | 20.0 | 60.0 | **62.0** | 0.6173, 1.235 |",
+        "| dpmpp_2m | karras | 5, 10 | 40.0 | **18.0** | **61.0** | 61.9 | 0.6173, 1.235 |",
+        "| dpmpp_2m | trailing | 5, 10 | **25.0** | 19.0 | 59.0 | 58.0 | 0.6173, 1.235 |",
+    ]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_evaluations_are_counted_as_the_pipeline_makes_them(name: str, tiny_pipe: Any) -> None:
+    called: list[int] = []
+    hook = tiny_pipe.unet.register_forward_pre_hook(lambda module, args: called.append(len(args[0])))
+    try:
+        for spacing in ("trailing", [14.0, 9.0, 6.0, 3.0, 1.0, 0.0]):
+            called.clear()
+            tiny_pipe("a cat", sampler=name, steps=5, spacing=spacing, guidance=1, progress=False)
+            assert module.evaluations(tiny_pipe, {"sampler": name, "steps": 5, "spacing": spacing}) == len(called)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.usefixtures("half_held_out")
+def test_samplers_alone(config: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is measured, and each number is that of the whole measurement."""
+    config = replace(config, samplers=("ddim", "heun"), sampler_steps=(1, 2), sampler_pictures=2, guidance=3.0)
+    whole = evaluate(config)
+    for name in ("zero_shot", "distances", "vae_psnr"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("measured something else"))
+    alone = evaluate(replace(config, samplers_alone=True))
+    assert alone.numbers == {}
+    assert [{**row, "seconds": 0} for row in alone.samplers] == [{**row, "seconds": 0} for row in whole.samplers]
+    assert (alone.settings["guidance"], alone.settings["seed"]) == (3.0, 0)
+    text = (config.out / "evaluation.md").read_text()
+    assert "| measure |" not in text
+    assert "| heun | trailing | 1, 3 |" in text
 
 
 def test_a_model_without_a_clip_needs_a_judge(config: Evaluation, tiny_folder: Path, captioned: Path) -> None:
@@ -267,6 +320,9 @@ def test_a_model_without_a_clip_needs_a_judge(config: Evaluation, tiny_folder: P
         ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),
         ({"judge": "ViT-B-32"}, ValueError, "judge must be NAME=FILE, .* got 'ViT-B-32'"),
         ({"samplers": ("ddim", "ddmi")}, ValueError, "sampler must be one of .* got 'ddmi'"),
+        ({"samplers_alone": True}, ValueError, "samplers must be named, or all"),
+        ({"sampler_steps": ()}, ValueError, r"sampler_steps must be numbers of at least 1, got \[\]"),
+        ({"sampler_steps": (5, 0)}, ValueError, r"got \[5, 0\]"),
     ],
 )
 def test_bad_values_are_refused_by_name(config: Evaluation, changes: dict[str, Any], error: Any, message: str) -> None:
