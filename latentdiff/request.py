@@ -127,6 +127,8 @@ def request(
     steps = integer("steps", first(steps, own.steps, STEPS), 1, len(schedule))
     scale_is_input = spec.unet.time_cond_dim is not None
     name, solver, implied = checked_sampler(first(sampler, own.sampler, SAMPLER), schedule)
+    if isinstance(spacing, str) and spacing.lower() == "automatic":  # in pictures of A1111: left to the program
+        spacing = None
     spacing = first(spacing, implied, own.spacing)
     spacing = (spacing_named(spacing) or spacing) if isinstance(spacing, str) else numbers("spacing", spacing)
     return Request(

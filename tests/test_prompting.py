@@ -13,6 +13,7 @@ from latentdiff.checkpoints.save import save_folder
 from latentdiff.conditioning import TextEncoder
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.rules import autoguidance, cfg, interval, pag
+from latentdiff.images import parse_parameters
 from latentdiff.pipeline import Pipeline
 from latentdiff.prompts import SYNTAXES
 
@@ -249,6 +250,20 @@ def test_bad_rules_and_syntaxes_are_named_before_any_computing(tiny_pipe, bad, m
     with Calls(tiny_pipe) as sizes, pytest.raises(ValueError, match=message):
         tiny_pipe("a cat", **bad, **FEW)
     assert sizes == []
+
+
+# -- recipes of other programs --
+
+
+def test_a_picture_of_another_program_is_asked_for_again(tiny_pipe):
+    """Its "Automatic" is the model's own spacing, unless the sampler's name says one."""
+    text = "a (cat:1.2)\nSteps: 4, Sampler: Euler a, Schedule type: Automatic, CFG scale: 5, Seed: 9, Size: 32x32, Model: x"
+    recipe = parse_parameters(text)[0]
+    own = tiny_pipe("a (cat:1.2)", steps=4, sampler="euler_ancestral", guidance=5, seed=9, progress=False)[0]
+    assert same(tiny_pipe(**recipe, progress=False)[0], own)
+    karras = tiny_pipe(**recipe | {"sampler": "Euler a Karras"}, progress=False)[0]
+    assert same(karras, tiny_pipe(**recipe | {"spacing": "karras"}, progress=False)[0])
+    assert not same(karras, own)
 
 
 # -- few-step models --

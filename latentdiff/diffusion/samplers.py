@@ -126,10 +126,11 @@ def _key(name: str) -> str:
 def resolve(name: str) -> tuple[str, str | None]:
     """The sampler that a name means, and the spacing if the name says one: "DPM++ 2M Karras" is ("dpmpp_2m", "karras").
 
-    Names of A1111, k-diffusion, ComfyUI and diffusers' classes are understood. Raises ValueError for any other.
+    Names of A1111, k-diffusion, ComfyUI and diffusers' classes are understood; "Automatic" behind one asks for no spacing. Raises
+    ValueError for any other.
     """
     names = {_key(also): key for key, facts in FACTS.items() for also in (key, *facts.also)}
-    key = _key(name) if isinstance(name, str) else ""
+    key = _key(name).removesuffix("automatic") if isinstance(name, str) else ""
     for cut in range(len(key), 0, -1):
         sampler, spacing = names.get(key[:cut]), spacing_named(key[cut:])
         if sampler and (spacing or cut == len(key)):

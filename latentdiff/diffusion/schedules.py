@@ -218,7 +218,10 @@ SPACINGS: dict[str, Spacing] = {
 }
 
 
-_ALSO = {"sgmuniform": "trailing", "normal": "linspace", "ddimuniform": "leading", "alignyoursteps": "ays"}
+_ALSO = {
+    "sgmuniform": "trailing", "normal": "linspace", "uniform": "linspace", "ddimuniform": "leading", "ddim": "leading",
+    "alignyoursteps": "ays",
+}  # fmt: skip
 
 
 def spacing_named(name: str) -> str | None:

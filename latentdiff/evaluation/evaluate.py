@@ -163,12 +163,11 @@ def sampler_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [", ".join(names), spacing, ", ".join(str(at[n]["evaluations"]) for n in steps)]
         cells += [cell(at[n], what) for what in ("fid", "clip_score") for n in steps]
         lines.append(f"| {' | '.join([*cells, ', '.join(_short(at[n]['seconds']) for n in steps)])} |")
-    return [
-        f"FID (0 is best) and CLIP score of {rows[0]['pictures']} pictures a cell; so few raise FID: compare cells with each other alone."
-        " Numbers in the heads are steps; evaluations of the network and seconds follow them.",
-        "",
-        *lines,
-    ]
+    note = (
+        f"FID (0 is best) and CLIP score at the numbers of steps in the heads, of {rows[0]['pictures']} pictures a cell;"
+        " so few raise FID: compare cells with each other alone. Evaluations of the network and seconds follow the steps."
+    )
+    return [note, "", *lines]
 
 
 def evaluate(config: Evaluation) -> Report:

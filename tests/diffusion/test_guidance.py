@@ -1,7 +1,9 @@
 """Guidance: on x0 as on eps, at no cost where it does nothing, and each rule against its paper's formula."""
 
+import inspect
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from latentdiff.diffusion.guidance import guided, scheduled
 from latentdiff.diffusion.rules import (
     NEGATIVE,
     PROMPT,
+    RULES,
     apg,
     autoguidance,
     cfg,
@@ -293,6 +296,13 @@ def test_every_estimate_of_a_rule_is_one_batch(unet, prompt, noise):
     denoise(noise(2, 4, 8, 8), SIGMA)
     denoise(noise(2, 4, 8, 8), torch.tensor(9.0))
     assert sizes == [6, 6]
+
+
+@pytest.mark.parametrize("make", [*RULES.values(), autoguidance])
+def test_each_rule_cites_its_paper_and_says_what_it_costs(make):
+    doc = inspect.getdoc(make)
+    assert re.search(r"arXiv \d{4}\.\d{5}", doc)
+    assert re.search(r"\b(Costs|Saves) ", doc)
 
 
 # -- rules as text --

@@ -101,6 +101,11 @@ def test_the_printed_table_has_a_line_for_each():
         ("k_euler_a", ("euler_ancestral", None)),
         ("Euler", ("euler", None)),
         ("euler sgm_uniform", ("euler", "trailing")),
+        ("Euler a Automatic", ("euler_ancestral", None)),
+        ("Euler Uniform", ("euler", "linspace")),
+        ("Euler Normal", ("euler", "linspace")),
+        ("Euler ddim_uniform", ("euler", "leading")),
+        ("DPM++ 2M Align Your Steps", ("dpmpp_2m", "ays")),
         ("LMS Karras", ("lms", "karras")),
         ("DDIM", ("ddim", None)),
         ("PLMS", ("plms", None)),
@@ -120,7 +125,7 @@ def test_names_of_other_programs(name, expected):
     assert resolve(name) == expected
 
 
-@pytest.mark.parametrize("name", ["", "karras", "dpm++ 2m kars", "eulr", "Euler a b", None, 3, ["ddim"]])
+@pytest.mark.parametrize("name", ["", "karras", "automatic", "dpm++ 2m kars", "eulr", "Euler a b", None, 3, ["ddim"]])
 def test_an_unknown_name_is_refused_by_name(name):
     with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim") as error:
         resolve(name)
@@ -194,6 +199,27 @@ def test_stochastic_samplers_reach_the_mean_and_the_covariance(name, final):
     torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=4 / math.sqrt(n))
     bias = 0.045 if FACTS[name].evaluations == 1 and "m_sde" not in name else 0.02
     torch.testing.assert_close(x.T.cov(), covariance + final**2 * eye, rtol=bias + 4 * math.sqrt(2 / n), atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in STOCHASTIC if not FACTS[name].order])
+def test_samplers_of_distilled_models_keep_the_law_in_each_step(name):
+    """On a Gaussian, whose flow is known: the x0 is what such a model learns, the one that leads to the flow's end exactly."""
+    n, mean, std, sigmas, eta = 20_000, 0.4, 0.6, to(0.05, 4, top=20.0), 0.3
+    levels = sigmas.tolist()
+    ends = {s: (1 - eta) * s_next if name == "tcd" else 0.0 for s, s_next in itertools.pairwise(levels)}
+
+    def model(x, sigma):
+        s, low = sigma.item(), ends[sigma.item()]
+        there = mean + (x - mean) * math.sqrt((std**2 + low**2) / (std**2 + s**2))
+        return (there - low / s * x) / (1 - low / s)
+
+    g = torch.Generator().manual_seed(2)
+    randn = lambda x: torch.randn(x.shape, generator=g, dtype=torch.float64)  # noqa: E731
+    x = mean + math.sqrt(std**2 + levels[0] ** 2) * randn(torch.empty(n))
+    for step in SAMPLERS[name](model, x, sigmas, randn=randn):
+        spread = math.sqrt(std**2 + step.sigma.item() ** 2)
+        assert step.x.mean().item() == pytest.approx(mean, abs=4 * spread / math.sqrt(n))
+        assert step.x.std().item() == pytest.approx(spread, rel=4 / math.sqrt(2 * n))
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
