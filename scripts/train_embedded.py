@@ -56,7 +56,7 @@ VAE_SIZES = dict(size=128, widths=(16, 32, 64, 128), groups=8)
 CLIP_SIZES = dict(size=128, width=256, text_layers=3, image_layers=4, heads=4, vocab=3072, length=32)
 UNET_SIZES = dict(size=128, widths=(96, 160, 192), attention=(False, True, True), head_width=32, layers=1, groups=16)
 FAVOURED = dict(everyday=0.85, favourites=FAVOURITES, favour=0.65, pair=0.1, several=0.05, triple=0.02)
-FIRST = dict(  # one hand, in the middle, at one size, common ideas four times as often: what is always drawn alike is learnt soonest
+FIRST = dict(  # one hand, in the middle, at one size, common ideas most often: what is drawn alike is learnt soonest
     everyday=0.95, favourites=COMMON * 3 + FAVOURITES, favour=0.85, hand="fluent-emoji-flat", handed=0.95, recolour=0.2, style=0.1,
     pair=0.08, several=0.03, triple=0.01, mirror=0.05, scale=(0.84, 0.9), offset=0.015, white=0.55,
 )  # fmt: skip
