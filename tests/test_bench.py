@@ -18,6 +18,7 @@ from latentdiff.bench.timing import Comparison, compare, in_turns
 from latentdiff.bench.work import Attend, Conv, Linear, flops, products, shares
 from latentdiff.checkpoints.families import SD15, SD21, SDXL, ModelSpec
 from latentdiff.loading import embedded
+from latentdiff.models.convolution import Conv3x3
 from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
@@ -184,7 +185,7 @@ def test_peers_compute_the_same_on_the_same_memory(spec):
     assert ours(pipe, "latentdiff").dtype == "float32"
 
 
-def test_ladder_tells_the_difference_of_every_rung():
+def test_ladder_tells_the_difference_of_every_rung(monkeypatch):
     parts = subjects.random_parts(tiny(SD15))
     before = {name: p.clone() for name, p in parts.unet.named_parameters()}
     found = {r.name: r.difference for r in ladder(parts.spec, parts.unet, CPU, torch.bfloat16, seconds=0.0, compiled=False)}
@@ -194,6 +195,11 @@ def test_ladder_tells_the_difference_of_every_rung():
     assert 1e-4 < found["bfloat16"] < 0.1
     assert found["shared halves"] == pytest.approx(found["bfloat16"], rel=0.2)
     assert all(torch.equal(p, before[name]) for name, p in parts.unet.named_parameters())
+    monkeypatch.setattr(Conv3x3, "least", 1)
+    most, found = Conv3x3.most, ladder(parts.spec, parts.unet, CPU, torch.float32, seconds=0.0, compiled=False)
+    assert [r.name for r in found][-2:] == ["shared halves", "small maps as products"]
+    assert all(r.difference < 1e-5 for r in found)
+    assert Conv3x3.most == most
 
 
 def test_best_kernels_are_found_for_each_product():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,9 +38,11 @@ class Contestant:
     picture: Callable[..., Run]  # steps, pictures, sampler="ddim", guidance=7.5 -> PIL pictures
 
 
-def contestants(parts: Parts, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> list[Contestant]:
+def contestants(
+    parts: Parts, device: torch.device, dtype: torch.dtype, *, compiled: bool, peer_dtypes: Sequence[torch.dtype] = ()
+) -> list[Contestant]:
     """Ours first, in `dtype`. diffusers runs as it comes (on a CPU, where that is float32), and tuned as its documents say: in our
-    dtype, channels last, and compiled if asked for."""
+    dtype, channels last, and compiled if asked for; and channels last in `peer_dtypes`."""
     with_peers = installed("diffusers") is not None
     peers: list[Contestant] = []
 
@@ -56,6 +58,8 @@ def contestants(parts: Parts, device: torch.device, dtype: torch.dtype, *, compi
     found = [ours(pipe, "latentdiff")]
     if with_peers:
         join(dtype, "diffusers tuned", channels_last=True)
+        for other in peer_dtypes:
+            join(other, f"diffusers {str(other).removeprefix('torch.')}", channels_last=True)
     if compiled:
         own = replace(parts, vae=copy.deepcopy(parts.vae))  # compiled in place
         found.append(ours(ready(own, device, dtype, compile=True), "latentdiff compiled"))

@@ -23,6 +23,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_mhz": cpu_facts().get("cpu MHz"),
         "threads": torch.get_num_threads(),
         "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "device": str(device),
@@ -43,16 +45,24 @@ def installed(package: str) -> str | None:
 
 def cpu_name() -> str:
     """Its name, family and model: a virtual machine often says no more of the name than the maker's."""
+    facts = cpu_facts()
+    if not facts:
+        return platform.processor() or platform.machine()
+    name = facts.get("model name", platform.machine())
+    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
+
+
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the first processor, its clock now included; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
+        return {}
     facts: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
         facts.setdefault(key.strip(), value.strip())
-    name = facts.get("model name", platform.machine())
-    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
+    return facts
 
 
 def gpu_state() -> str | None:

@@ -20,6 +20,8 @@ def _lines(report: Report) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     yield f"{machine['date']}, commit {machine['commit']}, {machine['threads']} threads, load {machine['load']}; {versions}."
     yield f"\n`{report['command']}`\n" if report.get("command") else ""
+    if machine.get("cpu_mhz"):
+        yield f"CPU: {machine['cpu_capability']}, {machine['cpu_mhz']} MHz as the system tells it.\n"
     if machine.get("gpu_state"):
         yield f"Driver, clocks, power: {machine['gpu_state']}.\n"
     for name, model in report["models"].items():

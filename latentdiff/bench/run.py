@@ -45,6 +45,7 @@ def bench(
     steps: int = 20,
     batches: Sequence[int] = (),
     stages: Sequence[Stage] = STAGES,
+    peer_dtypes: Sequence[str] = (),
     compile: bool | None = None,
     climb: bool = True,
     mlperf: bool = False,
@@ -75,6 +76,8 @@ def bench(
         Pictures in a batch; unless given, 1 and, on a GPU, twice as many as long as it pays.
     stages
         Which parts of a picture's making are measured.
+    peer_dtypes
+        In which diffusers runs too, channels last: float32, float16 or bfloat16.
     compile
         Also measure compiled networks; unless given, on a GPU. The first run takes minutes.
     climb
@@ -92,6 +95,7 @@ def bench(
         models, seconds, steps, batches, processes = ("embedded",), 1.5, 8, (1,), False
     place = best_device() if device is None else checked_device(device)
     kind = best_dtype(place) if dtype is None else checked_dtype(dtype)
+    others = [checked_dtype(other) for other in peer_dtypes]
     compiled = (place.type == "cuda" and not quick) if compile is None else compile
     report: Report = {"machine": describe(place), "command": " ".join(["latentdiff", *sys.argv[1:]]), "models": {}}
     for name in models:
@@ -100,7 +104,7 @@ def bench(
         report["models"][name] = model = {"dtype": str(kind).removeprefix("torch."), "cost": cost(parts.spec)}
         model["ceilings"] = limits(parts.spec, place, kind, 0.1 if quick else 0.3)
         model["ladder"] = rungs(parts, place, kind, seconds, compiled) if climb else []
-        entrants = contestants(parts, place, kind, compiled=compiled)
+        entrants = contestants(parts, place, kind, compiled=compiled, peer_dtypes=others)
         sizes = batches or growing(place, entrants[0].step)
         model["stages"] = list(measured(entrants, place, seconds, steps, sizes, stages))
         if mlperf:
