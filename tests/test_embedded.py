@@ -19,7 +19,7 @@ try:
 except FileNotFoundError:
     pytest.skip("the embedded weights are not there", allow_module_level=True)
 
-ASKED = {"negative": "blurry", "steps": 10, "guidance": 7.5, "seed": 7}
+ASKED = {"negative": "blurry", "steps": 10, "sampler": "ddim", "spacing": "trailing", "guidance": 7.5, "seed": 7}
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def sampler_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         sampler, spacing = resolve(row["sampler"])
         names, at = found.setdefault((SAME.get(sampler, sampler), spacing or row["spacing"]), ({}, {}))
         names[sampler], at[row["steps"]] = None, row
-    heads = ["sampler", "grid", "evaluations", *(f"{what} {n}" for what in ("FID", "CLIP") for n in steps), "s a picture"]
+    heads = ["sampler", "grid", "evaluations", *(f"{what} {n}" for what in ("FID", "CLIP") for n in steps)]
     best = {("fid", n): min(at[n]["fid"] for _, at in found.values()) for n in steps}
     best |= {("clip_score", n): max(at[n]["clip_score"] for _, at in found.values()) for n in steps}
 
@@ -161,11 +161,10 @@ def sampler_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " --: |" * (len(heads) - 2)]
     for (_, spacing), (names, at) in found.items():
         cells = [", ".join(names), spacing, ", ".join(str(at[n]["evaluations"]) for n in steps)]
-        cells += [cell(at[n], what) for what in ("fid", "clip_score") for n in steps]
-        lines.append(f"| {' | '.join([*cells, ', '.join(_short(at[n]['seconds']) for n in steps)])} |")
+        lines.append(f"| {' | '.join([*cells, *(cell(at[n], what) for what in ('fid', 'clip_score') for n in steps)])} |")
     note = (
         f"FID (0 is best) and CLIP score at the numbers of steps in the heads, of {rows[0]['pictures']} pictures a cell;"
-        " so few raise FID: compare cells with each other alone. Evaluations of the network and seconds follow the steps."
+        " so few raise FID: compare cells with each other alone. What a run costs are its evaluations of the network."
     )
     return [note, "", *lines]
 
@@ -181,7 +180,7 @@ def evaluate(config: Evaluation) -> Report:
     kept = Kept(config.out / "unfinished.json", question(config, pipe))
     numbers, recipe = ({}, {}) if config.samplers_alone else measure(pipe, judge, exam, config, kept)
     rows = compare_samplers(pipe, judge, exam, config, kept)
-    recipe = recipe or {"guidance": rows[0]["guidance"], "seed": config.seed}
+    recipe = recipe or {"guidance": rows[0]["guidance"], "seed": config.seed}  # the rest stands in each row
     report = Report(numbers, rows, settings(pipe, judge, exam, recipe) | {"batch": config.batch})
     write_json(config.out / "evaluation.json", asdict(report))
     write_text(config.out / "evaluation.md", report.markdown())
@@ -384,7 +383,3 @@ def evaluations(pipe: Pipeline, recipe: Mapping[str, Any]) -> int:
     for _ in bind(recipe["sampler"], pipe.schedule)(denoise, torch.ones(1), sigmas, randn=torch.zeros_like):
         pass
     return len(called)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
