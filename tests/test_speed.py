@@ -222,6 +222,13 @@ def test_float8_is_refused_where_it_does_not_fit(tiny_parts):
         ready(tiny_parts(), CPU, torch.float32, float8=True)
 
 
+@pytest.mark.parametrize("width", ["int8", "bfloat16"])
+def test_narrow_weights_change_the_picture_a_little(tiny_parts, pipe, width):
+    narrow = ready(tiny_parts(), CPU, torch.float32, weights=width)
+    exact, near = last(pipe), last(narrow)
+    assert 0 < (near - exact).std() < 0.1 * exact.std()
+
+
 @pytest.mark.parametrize("options", [{"cache": 0}, {"cache": 2, "compile": True}])
 def test_bad_caches_are_named(tiny_parts, options):
     with pytest.raises(ValueError, match="cache must be at least 1, and 1 with compile=True"):

@@ -45,6 +45,10 @@ def ways(parts: Parts, device: torch.device, dtype: torch.dtype) -> dict[str, tu
         "deep features of a step for 2": (ready(parts, device, dtype, cache=2), GUIDANCE),
         "deep features of a step for 3": (ready(parts, device, dtype, cache=3), GUIDANCE),
     }
+    if device.type == "cpu":
+        for width in ("int8", "bfloat16") if dtype == torch.float32 else ("int8",):
+            own = replace(parts, unet=copy.deepcopy(parts.unet))
+            found[f"weights kept in {width}"] = ready(own, device, dtype, weights=width), GUIDANCE
     if device.type == "cuda" and has_float8(device) and dtype == torch.bfloat16:
         own = replace(parts, unet=copy.deepcopy(parts.unet))
         found["linear layers in float8"] = ready(own, device, dtype, float8=True), GUIDANCE
