@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -113,8 +115,8 @@ class Plan:
 
 def plan(
     *,
-    source: str,
-    target: str,
+    source: str | Sequence[str],
+    target: str | Sequence[str],
     method: Method,
     inversion: Finder | None,
     strength: float | None,
@@ -125,8 +127,8 @@ def plan(
     threshold: float,
     weights: Mapping[str, float] | None,
     guidance: float,
-) -> Plan:
-    """Check and complete what says which edit it is. Errors: ValueError that names the argument."""
+) -> list[Plan]:
+    """Check and complete what says which edits they are. Errors: ValueError that names the argument."""
     chosen("method", method, get_args(Method))
     if method != "prompt-to-prompt":
         for name, value in {"inversion": inversion, "cross": cross, "self_attention": self_attention, "words": words}.items():
@@ -139,9 +141,7 @@ def plan(
     if not isinstance(weights, Mapping | None):
         raise ValueError(f"weights must be a dictionary of words and factors, got {shown(weights)}")
     finder = chosen("inversion", inversion or ("edit-friendly" if method == "prompt-to-prompt" else method), STRENGTHS)
-    return Plan(
-        source=request.texts("source", [source])[0],
-        target=request.texts("target", [target])[0],
+    common: dict[str, Any] = dict(
         method=method,
         inversion=finder,
         strength=number("strength", STRENGTHS[finder] if strength is None else strength, 0, 1),
@@ -153,6 +153,18 @@ def plan(
         weights={word: number("weights", weight) for word, weight in (weights or {}).items()},
         guidance=checked_scale(guidance),
     )
+    pairs = matched(source=request.texts("source", source), target=request.texts("target", target))
+    return [Plan(source=old, target=new, **common) for old, new in pairs]
+
+
+def matched(**given: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """One of each for every edit; what is given once is every edit's. Errors: ValueError where numbers do not fit."""
+    n = max(map(len, given.values()))
+    for name, items in given.items():
+        if len(items) not in (1, n):
+            others = " and ".join(other for other in given if other != name)
+            raise ValueError(f"{name} must be one, or as many as {others} ({n}), got {len(items)}")
+    return list(zip(*(list(items) * (n // len(items)) for items in given.values()), strict=True))
 
 
 def checked_scale(guidance: Any) -> float:
@@ -195,10 +207,26 @@ class Edited:
         return {images.PHOTO: fingerprint(self.canvas.photo)} | mask
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """One edit: what is asked, of which picture, and the request of its two prompts."""
+
+    plan: Plan
+    work: Canvas | None
+    asked: Request
+
+    def told(self) -> Request:
+        """The request of the target alone."""
+        return replace(self.asked, prompts=self.asked.prompts[1:], negatives=self.asked.negatives[1:], seeds=self.asked.seeds[:1])
+
+
+Done = tuple[Image.Image, Image.Image, Report | None]  # after, before, report
+
+
 def edit(
     pipe: Pipeline,
     photo: Picture | Sequence[Picture] | None,
-    plan: Plan,
+    plans: Sequence[Plan],
     *,
     mask: Picture | None,
     blur: int,
@@ -207,43 +235,62 @@ def edit(
     spacing: str | Sequence[float] | None,
     seed: int | None,
     size: int | tuple[int, int] | None,
+    batch: int | None,
     progress: bool,
 ) -> Edits:
-    """`Pipeline.edit`, its plan checked: every picture and word is looked at before anything is computed."""
+    """`Pipeline.edit`, its plans checked: every picture and word is looked at before anything is computed."""
     check_model(pipe)
-    if photo is None and (mask is not None or plan.method != "prompt-to-prompt"):
-        raise ValueError(
-            f"photo must be given for {'mask' if mask is not None else plan.method}; without, prompt-to-prompt alone works"
-        )
+    method = plans[0].method
+    if photo is None and (mask is not None or method != "prompt-to-prompt"):
+        raise ValueError(f"photo must be given for {'mask' if mask is not None else method}; without, prompt-to-prompt alone works")
     photos: list[Picture | None] = [None] if photo is None else list(listed("photo", photo))
     works = [
         None if p is None else canvas(p, mask, native=pipe.spec.size, factor=pipe.vae.factor, size=size, blur=blur) for p in photos
     ]
-    first = request.seeds(seed, len(works))
-    asked = [
-        request.request(
-            pipe.spec,
-            pipe.schedule,
-            pipe.vae.factor,
-            prompt=[plan.source, plan.target],
-            negative=negative,
-            guidance=plan.guidance,
-            rescale=0.0,
-            steps=STEPS if steps is None else steps,
-            sampler="ddim",
-            spacing=spacing,
-            eta=None,
-            seed=first[k],
-            n=1,
-            size=size if work is None else work.size,
-            batch=None,
-            syntax="plain",
+    pairs = matched(photo=works, **{"source and target": plans})
+    first = request.seeds(seed, len(pairs))
+    jobs = [
+        Job(
+            plan=plan,
+            work=work,
+            asked=request.request(
+                pipe.spec,
+                pipe.schedule,
+                pipe.vae.factor,
+                prompt=[plan.source, plan.target],
+                negative=negative,
+                guidance=plan.guidance,
+                rescale=0.0,
+                steps=STEPS if steps is None else steps,
+                sampler="ddim",
+                spacing=spacing,
+                eta=None,
+                seed=first[k],
+                n=1,
+                size=size if work is None else work.size,
+                batch=batch,
+                syntax="plain",
+            ),
         )
-        for k, work in enumerate(works)
+        for k, (work, plan) in enumerate(pairs)
     ]
-    check_words(pipe, plan)
-    done = [one(pipe, plan, work, a, progress) for work, a in zip(works, asked, strict=True)]
+    for plan in plans:
+        check_words(pipe, plan)
+    done = [found for group in grouped(pipe, jobs) for found in together(pipe, group, progress)]
     return Edits(*zip(*done, strict=True))
+
+
+def grouped(pipe: Pipeline, jobs: Sequence[Job]) -> list[list[Job]]:
+    """Neighbours whose latents and contexts have one shape, at most as many as go through the network together."""
+    from latentdiff.pipeline import BATCH
+
+    def shape(job: Job) -> tuple[Any, ...]:
+        pairs = zip(job.asked.prompts, job.asked.negatives, strict=True)
+        return job.asked.size, *(max(len(own) for text in pair for own in pipe.text.chunks(text)) for pair in pairs)
+
+    most = jobs[0].asked.batch or (1 if pipe.device.type == "cpu" else BATCH)
+    alike = [list(group) for _, group in groupby(jobs, shape)]
+    return [group[k : k + most] for group in alike for k in range(0, len(group), most)]
 
 
 def check_model(pipe: Pipeline) -> None:
@@ -266,20 +313,21 @@ def check_words(pipe: Pipeline, plan: Plan) -> None:
         new.span(word, "weights")
 
 
-def one(
-    pipe: Pipeline, plan: Plan, work: Canvas | None, asked: Request, progress: bool
-) -> tuple[Image.Image, Image.Image, Report | None]:
-    """(after, before, report) of one picture."""
-    before = None if work is None else work.photo
-    if before is not None and plan.strength == 0:
-        return before.copy(), before, None
-    if plan.method == "img2img":
-        assert work is not None
-        return img2img(pipe, plan, work, asked), work.photo, None
-    result = sound_run(pipe, plan, work, asked, progress)
-    settings = plan.settings() | ({} if work is None or not work.blur else {"blur": work.blur})
-    told = replace(asked, prompts=(plan.target,), negatives=asked.negatives[1:], seeds=asked.seeds[:1])
-    after = pipe.pictures(result.new, replace(told, origin=Edited(canvas=work, settings=settings)))[0]
+def together(pipe: Pipeline, jobs: Sequence[Job], progress: bool) -> list[Done]:
+    """Edits whose shapes agree, through the network as one batch."""
+    plan = jobs[0].plan
+    if plan.method == "img2img" or (plan.strength == 0 and jobs[0].work is not None):
+        return img2img(pipe, jobs)
+    result = sound_run(pipe, jobs, progress)
+    return [finished(pipe, job, result.row(k)) for k, job in enumerate(jobs)]
+
+
+def finished(pipe: Pipeline, job: Job, result: Result) -> Done:
+    """The picture of one edit, and how well its inversion rebuilt what it is made of."""
+    work, settings = job.work, job.plan.settings()
+    if work is not None and work.blur:
+        settings["blur"] = work.blur
+    after = pipe.pictures(result.new, replace(job.told(), origin=Edited(canvas=work, settings=settings)))[0]
     rebuilt = images.to_pil(pipe.decode(result.old))[0]
     if work is None or result.z is None:
         return after, rebuilt, None
@@ -287,23 +335,31 @@ def one(
     return after, work.photo, Report(rebuilt=inversion.psnr(made[0], picture), limit=inversion.psnr(made[1], picture))
 
 
-def img2img(pipe: Pipeline, plan: Plan, work: Canvas, asked: Request) -> Image.Image:
-    """SDEdit with the target alone."""
-    told = replace(asked, prompts=(plan.target,), negatives=asked.negatives[1:], seeds=asked.seeds[:1])
-    told = begun(pipe, told, Given(strength=plan.strength, blur=work.blur), [work])
-    extra = {k: v for k, v in plan.settings().items() if k in ("source", "method")}
-    told = replace(
-        told, origin=replace(told.origin, settings=told.origin.settings | extra | dict.fromkeys(("sampler", "eta", "syntax")))
+def img2img(pipe: Pipeline, jobs: Sequence[Job]) -> list[Done]:
+    """SDEdit with the targets alone; and at strength 0, where there is nothing to invert, every method."""
+    plan, works, told = jobs[0].plan, [job.work for job in jobs if job.work is not None], [job.told() for job in jobs]
+    asked = replace(
+        told[0],
+        prompts=tuple(t.prompts[0] for t in told),
+        negatives=tuple(t.negatives[0] for t in told),
+        seeds=tuple(t.seeds[0] for t in told),
+        batch=len(jobs),
     )
-    *_, last = pipe.run(told)
-    return last.images()[0]
+    asked = begun(pipe, asked, Given(strength=plan.strength, blur=works[0].blur), works)
+    extra = {"method": plan.method} | dict.fromkeys(("sampler", "eta", "syntax"))
+    own = tuple({"source": job.plan.source} for job in jobs)
+    origin = replace(asked.origin, settings=asked.origin.settings | extra, own=own)
+    *_, last = pipe.run(replace(asked, origin=origin))
+    return [(after, work.photo, None) for after, work in zip(last.images(), works, strict=True)]
 
 
-def conditions(pipe: Pipeline, asked: Request) -> list[tuple[Cond, Cond]]:
-    """Conditions of each prompt, as it stands, and of its negative."""
+def conditions(pipe: Pipeline, asked: Request, alike: bool = False) -> list[tuple[Cond, Cond]]:
+    """Conditions of each prompt, as it stands, and of its negative; alike: all as long as the longest needs."""
     from latentdiff.pipeline import sound
 
     def encode(text: TextEncoder) -> list[tuple[Cond, Cond]]:
+        if alike:
+            return list(zip(*text.encode_all(asked.prompts, asked.negatives, size=asked.size), strict=True))
         return [text.encode(*texts, size=asked.size) for texts in zip(asked.prompts, asked.negatives, strict=True)]
 
     return sound("text encoder", pipe.text, encode, lambda pairs: all(cond.finite() for pair in pairs for cond in pair))
@@ -311,71 +367,82 @@ def conditions(pipe: Pipeline, asked: Request) -> list[tuple[Cond, Cond]]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """Latents [1, c, h, w]: of the source as it is rebuilt, of the target, and of the picture."""
+    """Latents [b, c, h, w]: of the sources as they are rebuilt, of the targets, and of the pictures."""
 
     old: Tensor
     new: Tensor
     z: Tensor | None
 
+    def row(self, k: int) -> Result:
+        return Result(old=self.old[k : k + 1], new=self.new[k : k + 1], z=None if self.z is None else self.z[k : k + 1])
 
-def sound_run(pipe: Pipeline, plan: Plan, work: Canvas | None, asked: Request, progress: bool) -> Result:
+
+def sound_run(pipe: Pipeline, jobs: Sequence[Job], progress: bool) -> Result:
     """The inversion and the edit; once more in float32 where the U-Net overflows its dtype."""
-    from latentdiff.pipeline import finite, sound
+    from latentdiff.pipeline import finite, joined, sound
 
     with torch.no_grad():
-        conds = conditions(pipe, asked)
-        z = None if work is None else pipe.encode(images.to_tensor([work.picture()]))
-        return sound(
-            "U-Net", pipe.unet, lambda unet: run(pipe, unet, plan, work, asked, conds, z, progress), lambda r: finite(r.new)
-        )
+        alike = jobs[0].plan.inversion == "null-text"  # the contexts found for the source are the target's too
+        told = [conditions(pipe, job.asked, alike) for job in jobs]  # [job][source, target] -> (prompt, negative)
+        conds = [(joined([t[k][0] for t in told]), joined([t[k][1] for t in told])) for k in range(2)]
+        pictures = [job.work.picture() for job in jobs if job.work is not None]
+        z = pipe.encode(images.to_tensor(pictures)) if pictures else None
+        return sound("U-Net", pipe.unet, lambda unet: run(pipe, unet, jobs, conds, z, progress), lambda r: finite(r.new))
 
 
 def run(
     pipe: Pipeline,
     unet: UNet,
-    plan: Plan,
-    work: Canvas | None,
-    asked: Request,
-    conds: list[tuple[Cond, Cond]],
-    z: Float[Tensor, "1 c h w"] | None,
+    jobs: Sequence[Job],
+    conds: Sequence[tuple[Cond, Cond]],
+    z: Float[Tensor, "b c h w"] | None,
     progress: bool,
 ) -> Result:
-    """Source and target side by side along the inversion of the picture, or from noise where there is none."""
-    make = Maker(pipe, unet)
-    found = invert(pipe, make, plan, asked, conds[0], z)
+    """Sources and targets side by side along the inversion of the pictures, or from noise where there are none."""
+    make, plan = Maker(pipe, unet), jobs[0].plan
+    found = invert(pipe, make, jobs, conds[0], z)
     old_guidance = plan.guidance if z is None or plan.inversion == "null-text" else 1.0
     old, new = make(*conds[0], old_guidance, found), make(*conds[1], plan.guidance, found)
-    old_words, new_words = (p2p.words(pipe.text, p, c.tokens) for p, (c, _) in zip(asked.prompts, conds, strict=True))
-    control = p2p.control(
-        old_words,
-        new_words,
-        found.sigmas,
-        way=plan.words,
-        cross=plan.cross,
-        self_attention=plan.self_attention,
-        weights=plan.weights,
-    )
-    pair = p2p.Pair(old, new, control, region(plan, work, pipe.vae.factor, (old_words, new_words), found.sigmas))
-    x = found.states[0].expand(2, -1, -1, -1)
+    old_words, new_words = ([p2p.words(pipe.text, job.asked.prompts[k], conds[k][0].tokens) for job in jobs] for k in range(2))
+    controls = [
+        p2p.control(
+            source,
+            target,
+            found.sigmas,
+            way=job.plan.words,
+            cross=job.plan.cross,
+            self_attention=job.plan.self_attention,
+            weights=job.plan.weights,
+        )
+        for job, source, target in zip(jobs, old_words, new_words, strict=True)
+    ]
+    inside = region(jobs, pipe.vae.factor, old_words, new_words, found.sigmas)
+    pair = p2p.Pair(old, new, reduce(p2p.Control.join, controls), inside)
+    x = found.states[0].repeat(2, 1, 1, 1)
     walk = ddim(pair, x, found.sigmas, randn=found.randn(), eta=found.eta)
     for step in tqdm(walk, total=len(found.sigmas) - 1, disable=not progress, unit="step", dynamic_ncols=True):
         x = step.x
-    x = x if found.rest is None else x + found.rest
+    x = x if found.rest is None else x + found.rest.repeat(2, 1, 1, 1)
     old_z, new_z = (x / (1 + found.sigmas[-1] ** 2).sqrt()).chunk(2)
     return Result(old=old_z, new=new_z, z=z)
 
 
 def region(
-    plan: Plan, work: Canvas | None, factor: int, words: tuple[p2p.Words, p2p.Words], sigmas: Float[Tensor, " steps+1"]
+    jobs: Sequence[Job],
+    factor: int,
+    old: Sequence[p2p.Words],
+    new: Sequence[p2p.Words],
+    sigmas: Float[Tensor, " steps+1"],
 ) -> p2p.Region | None:
-    """What the edit is kept inside of: the mask, or where some words attend; None: it may be anywhere."""
-    if work is not None and work.mask is not None:
-        return p2p.Region(words=((), ()), below=math.inf, fixed=work.repaint(factor))
+    """What the edits are kept inside of: the mask, or where some words attend; None: they may be anywhere."""
+    plan, masks = jobs[0].plan, [job.work.repaint(factor) for job in jobs if job.work is not None and job.work.mask is not None]
+    if masks:
+        return p2p.Region(words=((), ()), below=math.inf, fixed=torch.cat(masks))
     if not plan.region:
         return None
-    old, new = (tuple(p for word in plan.region for p in w.find(word)) for w in words)
+    spans = [tuple(tuple(p for word in plan.region for p in words.find(word)) for words in side) for side in (old, new)]
     below = sigmas[max(1, round(KEPT * (len(sigmas) - 1))) - 1].item()
-    return p2p.Region(words=(old, new), below=below, threshold=plan.threshold)
+    return p2p.Region(words=(spans[0], spans[1]), below=below, threshold=plan.threshold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -425,12 +492,13 @@ class Maker:
 
 
 def invert(
-    pipe: Pipeline, make: Maker, plan: Plan, asked: Request, conds: tuple[Cond, Cond], z: Float[Tensor, "1 c h w"] | None
+    pipe: Pipeline, make: Maker, jobs: Sequence[Job], conds: tuple[Cond, Cond], z: Float[Tensor, "b c h w"] | None
 ) -> Inversion:
-    """The run that rebuilds z; from noise where there is no picture."""
-    randn: Randn = request.randn(asked.seeds[:1])
+    """The runs that rebuild z; from noise where there are no pictures."""
+    plan, asked = jobs[0].plan, jobs[0].asked
+    randn: Randn = request.randn([job.asked.seeds[0] for job in jobs])
     if z is None:
-        start = pipe.noise(replace(asked, prompts=asked.prompts[:1]), randn)
+        start = pipe.noise(replace(asked, prompts=tuple(job.plan.source for job in jobs)), randn)
         return Inversion(sigmas=asked.sigmas, states=(start,))
     cond, uncond = conds
     sigmas = shortened(pipe.schedule, asked.sigmas, plan.strength, exact=True)
@@ -454,7 +522,7 @@ def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: fl
     found = p2p.words(pipe.text, asked.prompts[0], cond.tokens)
     spans = [found.span(word, "word") for word in words]
     x = pipe.noise(asked, randn := request.randn(asked.seeds))
-    maps = [p2p.Maps(span, *x.shape[-2:], rows=1) for span in spans]
+    maps = [p2p.Maps((span,), x.shape[-2], x.shape[-1]) for span in spans]
     denoise = p2p.watched(Maker(pipe, pipe.unet)(cond, uncond, guidance), maps)
     sigma = asked.sigmas[-1]
     for step in tqdm(asked.sample(denoise, x, randn), total=asked.steps, disable=not progress, unit="step", dynamic_ncols=True):

@@ -1,7 +1,8 @@
 """Inversion: a picture as the run that rebuilds it, so that the same run with other words changes what they say and keeps the rest.
 
 `ddim` finds the noise from which the deterministic sampler comes back to the picture; `null_text` lets that work under guidance;
-`edit_friendly` finds the noise that the stochastic sampler adds on its way. All know a Denoise and a grid, none the pipeline.
+`edit_friendly` finds the noise that the stochastic sampler adds on its way. All know a Denoise and a grid, none the pipeline; and
+the pictures of a batch share network calls, nothing else: each is found, and left alone once found, as it would be by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoise
@@ -19,7 +20,7 @@ from latentdiff.diffusion.singlestep import Randn, ancestral_split, carry, steps
 
 Latents = Float[Tensor, "b c h w"]
 Grid = Float[Tensor, " steps+1"]
-Context = Float[Tensor, "1 n d"]
+Context = Float[Tensor, "b n d"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +28,7 @@ class Inversion:
     """A run that rebuilds a picture: its grid, the states that it passes (the last is the picture's), and what makes it do so.
 
     eta: of the sampler `ddim`. noises: what it draws, a step each. rest: what the last step, which draws nothing, leaves out.
-    nulls: the unconditional context of each step, of null-text inversion.
+    nulls: the unconditional contexts of each step, of null-text inversion.
     """
 
     sigmas: Grid
@@ -38,9 +39,9 @@ class Inversion:
     nulls: tuple[Context, ...] = ()
 
     def randn(self) -> Randn:
-        """The noises in their order, the same for each row of a batch."""
+        """The noises in their order, over again for each run beside the first."""
         left = iter(self.noises)
-        return lambda x: next(left).expand_as(x)
+        return lambda x: torch.cat([next(left)] * (len(x) // len(self.states[0])))
 
 
 def final_state(z: Latents, sigmas: Grid) -> Latents:
@@ -60,19 +61,36 @@ def ddim(denoise: Denoise, z: Latents, sigmas: Grid, iterations: int = 6, enough
     for i, s, s_next in reversed(list(steps(sigmas))):
         ratio, target = s_next / s, states[-1]
         slope = (1 - ratio) / (1 + s**2) + ratio
-        x = best = target * math.sqrt((1 + s**2) / (1 + s_next**2))  # the same picture, noise and all, at the level above
-        least = math.inf
+        x = target * math.sqrt((1 + s**2) / (1 + s_next**2))  # the same picture, noise and all, at the level above
+        best = Best(x)
         for _ in range(iterations):
             off = carry(x, denoise(x, sigmas[i]), ratio) - target
-            error = off.square().mean().item()
-            if error >= least:
+            better = best.take(x, off.square())
+            if not (going := better & (best.error >= enough * (1 + s_next**2))).any():
                 break
-            least, best = error, x
-            if error < enough * (1 + s_next**2):
-                break
-            x = x - off / slope
-        states.append(best)
+            x = torch.where(like(going, x), x - off / slope, x)
+        states.append(best.value)
     return Inversion(sigmas=sigmas, states=tuple(reversed(states)))
+
+
+class Best:
+    """The best value that each row of a batch has passed, by its mean square error."""
+
+    def __init__(self, first: Tensor) -> None:
+        self.value, self.error = first, torch.full((len(first),), math.inf, device=first.device)
+
+    def take(self, value: Tensor, squares: Tensor, rows: Bool[Tensor, " b"] | bool = True) -> Bool[Tensor, " b"]:
+        """Look at `rows` of a new one; which of them are better than what those rows had."""
+        error = squares.detach().float().flatten(1).mean(1)
+        better = (error < self.error) & rows
+        self.error = torch.where(better, error, self.error)
+        self.value = torch.where(like(better, value), value.detach(), self.value)
+        return better
+
+
+def like(rows: Tensor, x: Tensor) -> Tensor:
+    """One number a row, in x's number of dimensions."""
+    return rows.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def edit_friendly(denoise: Denoise, z: Latents, sigmas: Grid, randn: Randn, eta: float = 1.0) -> Inversion:
@@ -133,20 +151,19 @@ def null_text(
 def fit(
     follow: Callable[[Context], Latents], target: Latents, scale: float, null: Context, inner: int, rate: float, enough: float
 ) -> Context:
-    """The context, near `null`, with which a step arrives nearest to its target; the best that Adam passed."""
+    """The contexts, near `null`, with which a step arrives nearest to its targets; the best that Adam passed."""
     context = null.detach().float().clone().requires_grad_()
     adam = torch.optim.Adam([context], lr=rate)
-    best, least = null.detach(), math.inf
+    best = Best(null.detach())
     with torch.enable_grad():
         for _ in range(inner):
             off = (scale * (follow(context) - target)).square()
-            if off.mean().item() < least:
-                best, least = context.detach().clone(), off.mean().item()
-            if least < enough:
+            best.take(context, off, best.error >= enough)
+            if (best.error < enough).all():
                 break
             (context.grad,) = torch.autograd.grad(off.sum(), [context])  # of the sum: a mean's would vanish in float16
             adam.step()
-    return best
+    return best.value
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

@@ -159,7 +159,8 @@ class Origin:
     """The pictures of a batch, one each, as a run takes them.
 
     z: their latents. repaint: 1 for latents that may change. hold: the rest is held at its noise level. beside: channels that the
-    network sees beside the noisy latents. image_guidance: of an instruct model, else None. settings: what the recipe says of this.
+    network sees beside the noisy latents. image_guidance: of an instruct model, else None. settings: what the recipe says of this;
+    own: and of each picture.
     """
 
     canvases: tuple[Canvas, ...]
@@ -170,6 +171,7 @@ class Origin:
     beside: Float[Tensor, "b k h w"] | None = None
     image_guidance: float | None = None
     settings: dict[str, Any]
+    own: tuple[dict[str, Any], ...] = ()
 
     def start(self, eps: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:
         """The pictures noised to level sigma (Meng et al., arXiv 2108.01073); at strength 1 noise alone, but for what is held."""
@@ -205,7 +207,7 @@ class Origin:
 
     def recipe(self, k: int) -> dict[str, Any]:
         """The keywords of `pipe` that belong to picture k's start."""
-        return self.settings
+        return self.settings | (self.own[k] if self.own else {})
 
     def marks(self, k: int) -> dict[str, str]:
         """What tells the recipe's reader which picture, and mask, it was made from."""

@@ -245,8 +245,8 @@ class Pipeline:
         self,
         photo: Picture | Sequence[Picture] | None,
         *,
-        source: str,
-        target: str,
+        source: str | Sequence[str],
+        target: str | Sequence[str],
         method: Method = "prompt-to-prompt",
         inversion: Finder | None = None,
         strength: float | None = None,
@@ -264,23 +264,25 @@ class Pipeline:
         spacing: str | Sequence[float] | None = None,
         seed: int | None = None,
         size: int | tuple[int, int] | None = None,
+        batch: int | None = None,
         progress: bool = True,
     ) -> Edits:
         """Pictures changed by words: `source` says what a photo shows, `target` what it should show; the rest stays.
 
-        photo: a path or a PIL picture, or several; None edits the picture that `source` and `seed` make. Picture k has seed + k.
+        photo: a path or a PIL picture; None edits the picture that `source` and `seed` make. Photo, source and target may each be
+        several, one an edit; edit k has seed + k.
         method: "img2img" starts from the noised photo; "ddim", "null-text" and "edit-friendly" from its inversion;
         "prompt-to-prompt" also has the target attend as the source does, along `inversion` (edit-friendly).
         strength: share of the noise levels that it goes back. cross, self_attention: shares of the steps, 0.8 and 0.4, in which the
         attention to words, and of places to places, is the source's. words: "replace" lets new words attend where those did whose
         place they take, "refine" lets them find their own; None: "replace" where both prompts have as many words.
         region: words, outside of whose places nothing may change; threshold: how sure of a place, 0 to 1. weights: factors of the
-        target's words. mask, blur, negative, guidance, spacing, seed, size as in `pipe(...)`. steps: 50 unless given.
+        target's words. mask, blur, negative, guidance, spacing, seed, size, batch as in `pipe(...)`. steps: 50 unless given.
         Errors: ValueError before any computing; NonFiniteError.
         """
         from latentdiff import editing
 
-        plan = editing.plan(
+        plans = editing.plan(
             source=source,
             target=target,
             method=method,
@@ -297,7 +299,7 @@ class Pipeline:
         return editing.edit(
             self,
             photo,
-            plan,
+            plans,
             mask=mask,
             blur=blur,
             negative=negative,
@@ -305,6 +307,7 @@ class Pipeline:
             spacing=spacing,
             seed=seed,
             size=size,
+            batch=batch,
             progress=progress,
         )
 

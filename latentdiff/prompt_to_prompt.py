@@ -9,7 +9,7 @@ No map is ever formed, nothing is a second U-Net, and identical prompts give ide
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from functools import cached_property, partial
 from itertools import islice
@@ -82,32 +82,38 @@ def words(text: TextEncoder, prompt: str, length: int) -> Words:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Control:
-    """What the target takes from the source.
+    """What the targets of a batch take from their sources.
 
     source: which of the source's maps make up the map of each of the target's tokens. own: 1 for tokens that keep their own.
     scale: factor of each token's map. cross_above, self_above: levels down to which the control of cross- and self-attention lasts.
     """
 
-    source: Float[Tensor, "m n"]
-    own: Float[Tensor, " n"]
-    scale: Float[Tensor, " n"]
+    source: Float[Tensor, "b m n"]
+    own: Float[Tensor, "b n"]
+    scale: Float[Tensor, "b n"]
     cross_above: float
     self_above: float
 
     @cached_property
     def aligned(self) -> bool:
-        """Each of the target's tokens answers to the source's in the same place."""
-        m, n = self.source.shape
+        """Each of the targets' tokens answers to the source's in the same place."""
+        m, n = self.source.shape[1:]
         return m == n and bool((self.source == torch.eye(n)).all())
 
     @cached_property
     def alone(self) -> bool:
-        """Some of the target's tokens keep their own maps."""
+        """Some of the targets' tokens keep their own maps."""
         return bool((self.own > 0).any())
 
     @cached_property
     def weighted(self) -> bool:
         return bool((self.scale != 1).any())
+
+    def join(self, other: Control) -> Control:
+        """Both batches as one; the control lasts as long in either."""
+        pairs = ((self.source, other.source), (self.own, other.own), (self.scale, other.scale))
+        source, own, scale = (torch.cat(pair) for pair in pairs)
+        return replace(self, source=source, own=own, scale=scale)
 
 
 def control(
@@ -120,7 +126,7 @@ def control(
     self_attention: float,
     weights: Mapping[str, float],
 ) -> Control:
-    """The control of an edit; `cross` and `self_attention` are shares of the steps. way: as `alignment`, None chooses.
+    """The control of one edit; `cross` and `self_attention` are shares of the steps. way: as `alignment`, None chooses.
 
     Errors: ValueError for a weighted word that the target does not have.
     """
@@ -135,7 +141,11 @@ def control(
         return levels[round(share * (len(levels) - 1))]
 
     return Control(
-        source=mixed, own=(mixed.sum(0) == 0).float(), scale=scale, cross_above=above(cross), self_above=above(self_attention)
+        source=mixed[None],
+        own=(mixed.sum(0) == 0).float()[None],
+        scale=scale[None],
+        cross_above=above(cross),
+        self_above=above(self_attention),
     )
 
 
@@ -180,7 +190,7 @@ class Guided(Protocol):
 
 @dataclass(eq=False)
 class Pair:
-    """The denoiser of one run of a source and a target side by side: x holds the source's rows, then the target's.
+    """The denoiser of one run of sources and targets side by side: x holds the sources' rows, then the targets'.
 
     It lives as long as the run: it sums up the maps that the region is made of.
     """
@@ -189,7 +199,7 @@ class Pair:
     target: Guided
     control: Control
     region: Region | None = None
-    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # site -> the source's queries and keys in this step
+    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # site -> the sources' queries and keys in this step
 
     def __call__(self, x: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:
         old, new = x.chunk(2)
@@ -213,7 +223,7 @@ class Pair:
 
     def _control(self, attend: Attend, level: float, n: int, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The prompt's rows as the control has them; the rows of the negative prompt are left alone."""
-        told = v[:n] * self.control.scale.to(v)[:, None] if site.cross and self.control.weighted else v[:n]
+        told = v[:n] * self.control.scale.to(v)[:, None, :, None] if site.cross and self.control.weighted else v[:n]
         out = attend(q, k, torch.cat([told, v[n:]]), site)
         return torch.cat([self._mixed(q[:n], k[:n], told, site), out[n:]]) if level > self._above(site) else out
 
@@ -223,8 +233,8 @@ class Pair:
         if not site.cross:
             return sdpa(old_q, old_k, v, site)
         control = self.control
-        out = sdpa(old_q, old_k, v if control.aligned else control.source.to(v) @ v, site)
-        return out + sdpa(q, k, control.own.to(v)[:, None] * v, site) if control.alone else out
+        out = sdpa(old_q, old_k, v if control.aligned else control.source.to(v)[:, None] @ v, site)
+        return out + sdpa(q, k, control.own.to(v)[:, None, :, None] * v, site) if control.alone else out
 
 
 # -------------------------------------------------------------------------------------------------------------- maps of words
@@ -232,27 +242,30 @@ class Pair:
 
 @dataclass(eq=False)
 class Maps:
-    """Sums up, over sites and steps, how much each place attends to some tokens (DAAM: Tang et al., arXiv 2210.04885)."""
+    """Sums up, over sites and steps, how much each place attends to some tokens (DAAM: Tang et al., arXiv 2210.04885).
 
-    span: Span
+    spans: of each row of the prompt, the first of the batch; where one is empty, nothing attends.
+    """
+
+    spans: tuple[Span, ...]
     height: int
     width: int
-    rows: int  # of the prompt, the first of the batch
     total: Float[Tensor, "b h w"] | None = None
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Plain attention, watched."""
-        if site.cross and self.span:
-            grid = resolution(q.shape[2], self.height, self.width)
-            logits = q[: self.rows].float() @ k[: self.rows].float().mT / q.shape[-1] ** 0.5
-            seen = logits.softmax(-1)[..., list(self.span)].sum(-1).mean(1).unflatten(-1, grid)  # [b, h, w]
+        if site.cross and any(self.spans):
+            grid, rows = resolution(q.shape[2], self.height, self.width), len(self.spans)
+            maps = (q[:rows].float() @ k[:rows].float().mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # [b, n, m]
+            own = [m[:, list(span)].sum(-1) for m, span in zip(maps, self.spans, strict=True)]
+            seen = torch.stack(own).unflatten(-1, grid)  # [b, h, w]
             full = F.interpolate(seen[:, None], (self.height, self.width), mode="bilinear", align_corners=False)[:, 0]
             self.total = full if self.total is None else self.total + full
         return sdpa(q, k, v, site)
 
     def heat(self) -> Float[Tensor, "b h w"]:
         """From 0 to 1."""
-        total = self.total if self.total is not None else torch.zeros(self.rows, self.height, self.width)
+        total = self.total if self.total is not None else torch.zeros(len(self.spans), self.height, self.width)
         low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
         return (total - low) / (high - low).clamp(min=1e-12)
 
@@ -269,28 +282,28 @@ def resolution(n: int, height: int, width: int) -> tuple[int, int]:
 class Region:
     """Local blend: the target differs from the source only where the words of either attend (section 4.1, "Local Blend").
 
-    words: tokens of the source and of the target. threshold: of the summed maps, from 0 to 1. below: the level from which on it is
-    kept. fixed: a mask [1, 1, h, w] to keep to instead.
+    words: tokens of the sources and of the targets. threshold: of the summed maps, from 0 to 1. below: the level from which on it
+    is kept. fixed: masks to keep to instead.
     """
 
-    words: tuple[Span, Span]
+    words: tuple[tuple[Span, ...], tuple[Span, ...]]
     below: float
     threshold: float = 0.4
-    fixed: Float[Tensor, "1 1 h w"] | None = None
+    fixed: Float[Tensor, "b 1 h w"] | None = None
     maps: list[Maps] = field(default_factory=list)
 
     def look(self, which: int, x: Float[Tensor, "b c h w"]) -> Attend:
         if self.fixed is not None:
             return sdpa
         if not self.maps:
-            self.maps += [Maps(span, *x.shape[-2:], rows=len(x) // 2) for span in self.words]
+            self.maps += [Maps(spans, x.shape[-2], x.shape[-1]) for spans in self.words]
         return self.maps[which].look
 
     def mask(self) -> Float[Tensor, "b 1 h w"]:
         """1 where either's words attend, and the neighbours of such places."""
         if self.fixed is not None:
             return self.fixed
-        hot = torch.stack([m.heat() for m in self.maps if m.span]).amax(0) > self.threshold
+        hot = torch.stack([m.heat() for m in self.maps if any(m.spans)]).amax(0) > self.threshold
         return F.max_pool2d(hot.float()[:, None], 3, stride=1, padding=1)
 
     def keep(self, old: Float[Tensor, "b c h w"], new: Float[Tensor, "b c h w"], level: float) -> Float[Tensor, "b c h w"]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import latentdiff
 from latentdiff.checkpoints.files import replacing, write_json
+from latentdiff.editing import Edits
 from latentdiff.evaluation.clip_score import ClipScorer
 from latentdiff.evaluation.kept import Kept, fingerprint
 from latentdiff.images import open_picture, tile, to_pil, to_tensor
@@ -41,7 +42,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {  # method -> the points of its curve
 }
 REBUILT = {"ddim": 1.0, "edit-friendly": 1.0, "null-text": 7.5}  # inversion -> the guidance at which it must hold on
 REBUILT_STEPS = 50
-TOGETHER = 8  # img2img's pictures in one network call
+TOGETHER = 8  # edits in one network call
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ def main(
     rebuild
         Pictures that each inversion rebuilds, in 50 steps.
     workers
-        Edits at a time; without it, one a core of a CPU, and one on a GPU.
+        Groups of edits at a time; without it, one a core of a CPU, and one on a GPU.
     """
     pipe = latentdiff.load(model)
     scorer = ClipScorer.from_folder(judge or (Path(model) if model else embedded()), pipe.device)
     todo = tasks(Drawings(drawings), n, pipe.spec.size, seed)
     workers = workers or (torch.get_num_threads() if pipe.device.type == "cpu" else 1)
-    settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "progress": False}
+    settings: dict[str, Any] = {"steps": steps, "guidance": guidance}
     asked = {"weights": fingerprint(pipe.unet), "dtype": str(pipe.dtype), "drawings": drawings, "seed": seed, **settings}
     half_done = out / f"unfinished-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:8]}"
     points, shown = [nothing_done(pipe, scorer, todo)], {"before": [t.picture for t in todo]}
@@ -128,37 +129,43 @@ def edited(
     """The edit of each task, task k with seed + k. Each is written to the folder at once; what is there already is not made."""
 
     def make(group: Sequence[int]) -> None:
-        own, first = [todo[k] for k in group], seed + group[0]
-        if method == "img2img":  # many in one network call, as `pipe` does it; it is what `pipe.edit` does one by one
-            pictures, targets = [t.picture for t in own], [t.target for t in own]
-            made = pipe(targets, image=pictures, seed=first, sampler="ddim", batch=len(own), **settings)
-        else:
-            asked: dict[str, Any] = {"method": method} | settings
-            made = pipe.edit(own[0].picture, source=own[0].source, target=own[0].target, seed=first, **asked)
+        own, asked = [todo[k] for k in group], {"method": method} | settings
+        made = together(pipe, own, [t.target for t in own], seed + group[0], asked)
         for k, image in zip(group, made, strict=True):
             with replacing(folder / f"{k}.png") as part:
                 image.save(part, "PNG")
 
-    size = TOGETHER if method == "img2img" else 1
-    groups = [range(len(todo))[k : k + size] for k in range(0, len(todo), size)]
-    each(make, [g for g in groups if not all((folder / f"{k}.png").is_file() for k in g)], workers, folder.name)
+    left = [g for g in grouped(len(todo), workers) if not all((folder / f"{k}.png").is_file() for k in g)]
+    each(make, left, workers, folder.name)
     return [open_picture(folder / f"{k}.png") for k in range(len(todo))]
+
+
+def grouped(n: int, workers: int) -> list[range]:
+    """Which edits go through the network together: `TOGETHER`, or fewer where some worker would have nothing to do."""
+    size = min(TOGETHER, -(-n // workers))
+    return [range(n)[k : k + size] for k in range(0, n, size)]
+
+
+def together(pipe: latentdiff.Pipeline, own: Sequence[Task], targets: Sequence[str], seed: int, asked: dict[str, Any]) -> Edits:
+    pictures, sources = [t.picture for t in own], [t.source for t in own]
+    return pipe.edit(pictures, source=sources, target=targets, seed=seed, batch=len(own), progress=False, **asked)
 
 
 def rebuilt(pipe: latentdiff.Pipeline, todo: Sequence[Task], seed: int, kept: Kept, workers: int) -> list[dict[str, Any]]:
     """What each inversion makes of pictures that are not edited, in dB, what the autoencoder alone does, and the most lost."""
     rows = []
     for method, guidance in REBUILT.items():
-        asked: dict[str, Any] = {"method": method, "guidance": guidance, "steps": REBUILT_STEPS, "progress": False}
+        asked: dict[str, Any] = {"method": method, "guidance": guidance, "steps": REBUILT_STEPS}
 
-        def report(k: int, asked: dict[str, Any] = asked) -> dict[str, float]:
-            edits = pipe.edit(todo[k].picture, source=todo[k].source, target=todo[k].source, seed=seed + k, **asked)
-            return {"rebuilt": edits.reports[0].rebuilt, "limit": edits.reports[0].limit}  # type: ignore[union-attr]
+        def report(group: range, asked: dict[str, Any] = asked) -> list[dict[str, float]]:
+            own = todo[group.start : group.stop]
+            edits = together(pipe, own, [t.source for t in own], seed + group.start, asked)
+            return [asdict(r) for r in edits.reports if r is not None]
 
-        def part(k: int, method: str = method, report: Callable[[int], Any] = report) -> dict[str, float]:
-            return kept(f"{method} {k}", lambda: report(k))
+        def part(group: range, method: str = method, report: Callable[[range], Any] = report) -> list[dict[str, float]]:
+            return kept(f"{method} {group}", lambda: report(group))
 
-        found = each(part, range(len(todo)), workers, f"{method} rebuilds")
+        found = [r for some in each(part, grouped(len(todo), workers), workers, f"{method} rebuilds") for r in some]
         mean = {name: float(np.mean([r[name] for r in found])) for name in ("rebuilt", "limit")}
         lost = max(r["limit"] - r["rebuilt"] for r in found)
         rows.append({"method": method, "guidance": guidance, "steps": REBUILT_STEPS, "pictures": len(found), **mean, "lost": lost})

@@ -124,8 +124,13 @@ def test_every_method_edits_at_any_size_and_repeats_itself(tiny_pipe, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_strength_0_gives_the_picture_back(tiny_pipe, method):
-    assert same(tiny_pipe.edit(photo(), source="a", target="b", method=method, strength=0, **FEW)[0], photo())
+def test_strength_0_gives_the_picture_back(tiny_pipe, tmp_path, method):
+    """With a recipe, as every other picture."""
+    edits = tiny_pipe.edit(photo(45, 61), source="a", target="b", method=method, strength=0, **FEW)
+    assert same(edits[0], photo(45, 61))
+    recipe = I.read_recipe(*edits.save(tmp_path / "a.png"))
+    assert (recipe["method"], recipe["strength"], recipe["source"]) == (method, 0, "a")
+    assert same(tiny_pipe.edit(photo(45, 61), **recipe, progress=False)[0], photo(45, 61))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -155,6 +160,34 @@ def test_a_batch_of_edits_is_each_edit_by_itself(tiny_pipe, method):
     batch = tiny_pipe.edit(photos, **asked)
     for k in range(2):
         assert same(batch[k], tiny_pipe.edit(photos[k], **asked | {"seed": 3 + k})[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{}, {"region": "cat"}, {"weights": {"a": 3}}, {"mask": True}])
+def test_edits_in_one_network_call_are_those_made_one_by_one(tiny_pipe, method, options):
+    """Each with its picture, its words and its seed; a prompt of another length goes by itself. Equal up to rounding."""
+    if method == "img2img" and ("region" in options or "weights" in options):
+        return
+    if "mask" in options:
+        options = {"mask": Image.new("L", (32, 32), 0)}
+        options["mask"].paste(255, (8, 4, 20, 28))
+    words = [("a cat", "a red dog"), ("a mat on a cat", "a mat on a dog"), ("a cat", "a dog, " * 6)]
+    photos, common = [photo(seed=k) for k in range(3)], {"method": method, **options} | TWO
+    batch = tiny_pipe.edit(photos, source=[w[0] for w in words], target=[w[1] for w in words], batch=8, **common)
+    assert not same(batch[0], batch[1])
+    for k, (source, target) in enumerate(words):
+        alone = tiny_pipe.edit(photos[k], source=source, target=target, **common | {"seed": 3 + k})
+        assert np.abs(array(batch[k]) - array(alone[0])).max() <= 2
+        assert same(batch.before[k], photos[k])
+        if method != "img2img":
+            assert batch.reports[k].rebuilt == pytest.approx(alone.reports[0].rebuilt, abs=0.05)
+
+
+def test_one_photo_takes_several_targets(tiny_pipe):
+    edits = tiny_pipe.edit(photo(), source="a cat", target=["a dog", "a red apple"], **TWO)
+    assert same(edits[1], tiny_pipe.edit(photo(), source="a cat", target="a red apple", **TWO | {"seed": 4})[0])
+    made = tiny_pipe.edit(None, source=["a cat", "a house"], target="a dog", **TWO)
+    assert same(made.before[1], tiny_pipe.edit(None, source="a house", target="a dog", **TWO | {"seed": 4}).before[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -209,6 +242,9 @@ def test_the_attention_to_a_word_is_a_picture_of_it(tiny_pipe):
         ({"weights": "dog"}, ["weights", "dictionary"]),
         ({"threshold": 3}, ["threshold"]),
         ({"source": 5}, ["source"]),
+        ({"source": ["a"] * 2, "target": ["b"] * 3}, ["source", "target", "(3)", "got 2"]),
+        ({"photo": [photo()] * 2, "target": ["a dog"] * 3}, ["photo", "(3)", "got 2"]),
+        ({"batch": 0}, ["batch", "0"]),
         ({"target": ""} | {"region": "dog"}, ["region", "dog"]),
         ({"mask": Image.new("L", (5, 5), 255)}, ["mask", "5×5"]),
         ({"mask": Image.new("L", (32, 32))}, ["mask", "black"]),

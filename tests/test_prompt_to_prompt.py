@@ -1,5 +1,7 @@
 """Prompt-to-prompt: what the values are given to do is what the paper does to the maps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -91,8 +93,8 @@ def qkv(seed: int, n=5, m=12, d=8, b=2):
 
 def control(mixed, scale=None, cross=0.0):
     own = (mixed.sum(0) == 0).float()
-    ones = torch.ones(mixed.shape[1])
-    return p2p.Control(source=mixed, own=own, scale=ones if scale is None else scale, cross_above=cross, self_above=2.0)
+    scale = torch.ones(mixed.shape[1]) if scale is None else scale
+    return p2p.Control(source=mixed[None], own=own[None], scale=scale[None], cross_above=cross, self_above=2.0)
 
 
 def test_values_do_what_the_paper_does_to_the_maps():
@@ -129,7 +131,7 @@ def test_the_level_of_a_share_of_the_steps():
 def test_self_attention_is_the_sources_on_the_targets_values():
     old, new = qkv(1, n=12), qkv(2, n=12)
     pair = p2p.Pair(lambda *a: None, lambda *a: None, control(torch.eye(12)))
-    pair.control = p2p.Control(source=torch.eye(12), own=torch.zeros(12), scale=torch.ones(12), cross_above=2.0, self_above=0.0)
+    pair.control = replace(pair.control, cross_above=2.0, self_above=0.0)
     pair._watch(sdpa, 1.0, 1, *old, SELF)
     found = pair._control(sdpa, 1.0, 1, *new, SELF)
     assert torch.equal(found[0], sdpa(old[0][:1], old[1][:1], new[2][:1], SELF)[0])
@@ -148,7 +150,7 @@ def test_maps_of_any_size_are_told_apart(height, width):
 
 def test_a_words_map_is_where_queries_agree_with_its_key():
     """One place of 4 x 4 asks for token 2, in two heads, at two resolutions."""
-    maps = p2p.Maps((2,), 8, 8, rows=1)
+    maps = p2p.Maps(((2,),), 8, 8)
     k = torch.zeros(1, 2, 5, 4)
     k[0, :, 2, 0] = 10
     for n in (64, 16):
@@ -164,7 +166,7 @@ def test_a_words_map_is_where_queries_agree_with_its_key():
 
 
 def test_outside_its_region_the_target_is_the_source():
-    region = p2p.Region(words=((1,), (1,)), below=5.0, threshold=0.5)
+    region = p2p.Region(words=(((1,),), ((1,),)), below=5.0, threshold=0.5)
     x = torch.zeros(2, 4, 8, 8)
     for which in (0, 1):
         look = region.look(which, x)
