@@ -219,7 +219,7 @@ def _open_pickle(path: Path, allowed: bool) -> TensorFile:
     if not allowed:
         raise CheckpointError(
             f"{path}: this is a pickle (.ckpt, .pt, .bin), which can run code when read, whatever its file name says. Use a "
-            ".safetensors file; or, if you trust it, allow_pickle=True, which still reads nothing but tensors (weights_only)"
+            ".safetensors file; or, if you trust it, allow_pickle=True (--allow-pickle), which still reads nothing but tensors"
         )
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: this is a pickle under the name of a safetensors file; if you trust it, rename it to .ckpt")

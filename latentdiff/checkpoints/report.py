@@ -11,8 +11,9 @@ from latentdiff.checkpoints import keymap
 from latentdiff.checkpoints.detect import CONV_IN, detect, kind_of
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.checkpoints.files import CheckpointError, Entry, some_names
-from latentdiff.checkpoints.fill import Options
+from latentdiff.checkpoints.fill import Options, on_meta
 from latentdiff.checkpoints.io import locate, networks, open_part, open_single, read_folder, single_sources, tower_folders
+from latentdiff.models.vae_tiny import TinyVAE, TinyVAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,10 @@ class Report:
         lines += [f"{part:<11} {count / 1e6:,.2f} M parameters" for part, count in self.parts.items()]
         lines.append("dtypes      " + ", ".join(f"{d} ({n} tensors)" for d, n in self.dtypes.items()))
         lines += ["ema         the U-Net's moving average is in the file too"] if self.ema else []
-        for what, names in (("unknown", self.unknown), ("missing", self.missing)):
+        known = (("unknown", self.unknown), ("missing", self.missing)) if self.spec is not None else ()
+        for what, names in known:
             lines.append(f"{what:<11} {f'{len(names)}: {some_names(names)}' if names else 'nothing'}")
-        return "\n".join([*lines, *(f"metadata    {k} = {v[:200]}" for k, v in self.metadata.items())])
+        return "\n".join([*lines, *(f"metadata    {k} = {' '.join(v.split())[:200]}" for k, v in self.metadata.items())])
 
 
 def inspect(path: str | os.PathLike, *, allow_pickle: bool = False, variant: str | None = None) -> Report:
@@ -57,7 +59,11 @@ def inspect(path: str | os.PathLike, *, allow_pickle: bool = False, variant: str
 
 def _folder(folder: Path, options: Options) -> Report:
     spec, _ = read_folder(folder)
-    files = {name: open_part(folder / name, options) for name in ("unet", "vae", *tower_folders(folder))}
+    modules = networks(spec) | ({"vae": on_meta(TinyVAE, spec.vae)} if isinstance(spec.vae, TinyVAEConfig) else {})
+    towers = tower_folders(folder)
+    synonyms = {"unet": {}, "vae": keymap.VAE_SYNONYMS, **dict.fromkeys(towers, keymap.TEXT_SYNONYMS)}
+    files = {name: keymap.mended(open_part(folder / name, options), synonyms[name]) for name in ("unet", "vae", *towers)}
+    ours = {name: set(modules[part].state_dict()) for name, part in zip(files, ("unet", "vae", "text 0", "text 1"), strict=False)}
     return Report(
         path=folder,
         kind="model",
@@ -68,6 +74,8 @@ def _folder(folder: Path, options: Options) -> Report:
         dtypes=_dtypes(e for file in files.values() for e in file.entries.values()),
         bytes=sum(file.bytes for file in files.values()),
         metadata={k: v for file in files.values() for k, v in file.metadata.items()},
+        unknown=tuple(f"{p}/{n}" for p, f in files.items() for n in f.entries if n not in ours[p] and not keymap.ignorable(n)),
+        missing=tuple(f"{part}/{name}" for part, file in files.items() for name in sorted(ours[part] - set(file.entries))),
     )
 
 

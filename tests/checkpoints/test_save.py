@@ -1,5 +1,6 @@
 """Inspect and convert, and saving whole or not at all."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -99,8 +100,31 @@ def test_inspect_a_model(folder, sdxl, tmp_path):
     for word in ("sdxl", "128x128", "eps", "float32", "foo.bar", "out.2.bias", "modelspec.title"):
         assert word in text or word == "sdxl"
     whole = inspect(folder("sdxl"))
-    assert (whole.layout, whole.spec, whole.unknown) == ("folder", sdxl.spec, ())
+    assert (whole.layout, whole.spec, whole.unknown, whole.missing) == ("folder", sdxl.spec, (), ())
     assert whole.parts["vae"] == sum(p.numel() for p in sdxl.vae.parameters())
+
+
+def test_inspect_a_folder_that_does_not_fit(folder, tmp_path):
+    shutil.copytree(folder("sdxl"), tmp_path / "m")
+    path = tmp_path / "m" / "text_encoder_2" / "model.safetensors"
+    file = open_tensors(path)
+    tensors = {n: file.get(n).clone() for n in file.entries}
+    write_safetensors(path, {n: t for n, t in tensors.items() if n != "text_projection.weight"} | {"foo": torch.ones(1)})
+    report = inspect(tmp_path / "m")
+    assert report.unknown == ("text_encoder_2/foo",)
+    assert report.missing == ("text_encoder_2/text_projection.weight",)
+
+
+def test_inspect_a_folder_with_a_tiny_autoencoder(folder, tmp_path):
+    tiny = pytest.importorskip("diffusers").AutoencoderTiny(
+        encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4
+    )
+    tiny.save_pretrained(tmp_path / "tiny")
+    parts = load_parts(folder("sd15"), vae=tmp_path / "tiny")
+    save_folder(parts, tmp_path / "m")
+    report = inspect(tmp_path / "m")
+    assert (report.unknown, report.missing) == ((), ())
+    assert report.parts["vae"] == sum(p.numel() for p in tiny.parameters())
 
 
 def test_inspect_other_files(tmp_path):
