@@ -32,7 +32,7 @@ def _standard_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the standard CLIP vocabulary is part of open_clip_torch, which is not installed")
     text = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    merges = [_pair(line) for line in text.split("\n", MERGES + 1)[1:-1]]  # after the title, a pair a line
+    merges = [(a, b) for a, b in map(str.split, text.split("\n", MERGES + 1)[1:-1])]  # after the title, a pair a line
     letters = _byte_letters()
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges), BEGIN, END]
     return {token: i for i, token in enumerate(tokens)}, merges

@@ -1,5 +1,6 @@
 """Detection, strictness and safety of loading (reliability 10–13), on small models and on the headers of true-size ones."""
 
+import gc
 import json
 import shutil
 import socket
@@ -235,6 +236,19 @@ def test_a_failed_load_leaves_what_was_loaded_alone(single, sd15):
     save_single(parts, single)  # over the very file that it is mapped from
     assert torch.equal(parts.unet(x, t, context), before)
     assert torch.equal(load_parts(single).unet(x, t, context), before)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(single, enabled):
+    assert gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load_parts(single)
+        with pytest.raises(FileNotFoundError):
+            load_parts("nothing.safetensors")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_the_moving_average_is_taken_on_demand(single):
