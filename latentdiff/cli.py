@@ -157,7 +157,7 @@ def generate(
     lora
         Files of LoRAs, each with its scale: flat.safetensors:0.8
     embedding
-        Files of textual inversion; the word for each is the file's own, or its name.
+        Files of textual inversion; the word for each is the file's own, or its name, or another: toy.safetensors:mytoy
     refiner
         A second model that finishes the pictures (SDXL's refiner): a file, a folder or a hub id.
     handoff
@@ -197,7 +197,7 @@ def generate(
     from latentdiff.loading import load
 
     common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "compile": compile}
-    added = {"lora": scales(lora or []), "embeddings": embedding or []}
+    added = {"lora": scales(lora or []), "embeddings": words(embedding or [])}
     pipe = load(model, prediction=prediction, vae=vae, **added, **common)
     if refiner is None:
         images = pipe(**options, progress=not quiet)
@@ -483,6 +483,13 @@ def scales(files: Sequence[str]) -> dict[str, float]:
     from latentdiff.checkpoints.adapted import scaled
 
     return dict(scaled(file) for file in files)
+
+
+def words(files: Sequence[str]) -> dict[str, str | None]:
+    """`file:word` as {file: word}."""
+    from latentdiff.checkpoints.adapted import worded
+
+    return dict(worded(file) for file in files)
 
 
 def sides(size: str) -> int | tuple[int, int]:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 
+from latentdiff import cli
 from latentdiff.adapt import adapt
-from latentdiff.checkpoints.adapted import scaled
+from latentdiff.checkpoints.adapted import scaled, worded
 from latentdiff.checkpoints.files import CheckpointError, write_safetensors
 
 FEW = {"steps": 2, "seed": 1, "progress": False}
@@ -71,3 +73,30 @@ def test_faults_are_those_of_the_files(tiny_pipe, tmp_path):
 )  # fmt: skip
 def test_scales_on_the_command_line(text, expected):
     assert scaled(text) == expected
+
+
+def test_words_on_the_command_line(tmp_path):
+    path = tmp_path / "toy.safetensors"
+    path.touch()
+    (tmp_path / "a:b").touch()
+    assert worded(f"{path}:my:toy") == (f"{path}:my:toy", None)
+    assert worded(f"{path}:mytoy") == (str(path), "mytoy")
+    for text in (str(path), f"{path}:", str(tmp_path / "a:b"), "nothing:word"):
+        assert worded(text) == (text, None)
+
+
+def test_the_command_line_draws_with_a_loras_scale_and_an_inversions_word(tiny_folder, tiny_pipe, tmp_path, capsys):
+    """The same picture as from Python, and not the base's."""
+    width = tiny_pipe.spec.towers[0].width
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(0)) * 5
+    write_safetensors(tmp_path / "cat.safetensors", {"emb_params": vectors})
+    first, second = (lora(tiny_pipe, tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    command = ["generate", "a mytoy", "--model", str(tiny_folder), "--lora", f"{first}:0.3", f"{second}:-0.1", "--embedding"]
+    command += [f"{tmp_path / 'cat.safetensors'}:mytoy", "--steps", "2", "--seed", "1", "--device", "cpu", "--dtype", "float32"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, "--quiet", "--out", str(tmp_path / "x.png")])
+    assert exit.value.code == 0, capsys.readouterr().err
+    on = adapt(tiny_pipe, lora={first: 0.3, second: -0.1}, embeddings={tmp_path / "cat.safetensors": "mytoy"})
+    drawn = Image.open(tmp_path / "x.png").tobytes()
+    assert drawn == picture(on, "a mytoy")
+    assert drawn != picture(tiny_pipe, "a mytoy")

@@ -53,3 +53,9 @@ def scaled(text: str) -> tuple[str, float]:
         return (path, float(number)) if path and not os.path.exists(text) else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def worded(text: str) -> tuple[str, str | None]:
+    """`file:word`, as the command line takes it, is a file and the word that stands for it; without one it is the file's own."""
+    path, _, word = text.rpartition(":")
+    return (path, word) if word and os.path.isfile(path) and not os.path.exists(text) else (text, None)

@@ -87,7 +87,7 @@ def _extended(index: int, tower: TextTower, tokenizer: Tokenizer, inversions: Se
     words = [token for inversion in inversions for token in inversion.tokens]
     known = [word for i, word in enumerate(words) if tokenizer.id(word) is not None or word in words[:i]]
     if known:
-        raise ValueError(f"the word {known[0]!r} is a token of this model already; read the inversion with another `word`")
+        raise ValueError(f"the word {known[0]!r} is a token of this model already; give another (file:word on the command line)")
     table = tower.text_model.embeddings.token_embedding.weight
     if len(tokenizer) != len(table):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the tower {len(table)}: words can not be added")
