@@ -20,7 +20,7 @@ COMMIT = "a" * 40
 
 @pytest.fixture
 def server(folder, tmp_path):
-    """Serves one repository, `owner/name`; `.seen` are the requests."""
+    """Serves one repository, `owner/name`; `.seen` are the requests; with `.down` it answers that it is not to be had."""
     root = tmp_path / "repository"
     import shutil
 
@@ -46,7 +46,9 @@ def server(folder, tmp_path):
             httpd.seen.append(path)
             prefix = f"/owner/name/resolve/{COMMIT}/"
             names = {str(p.relative_to(root)): p.stat().st_size for p in root.rglob("*") if p.is_file()}
-            if path.startswith("/api/models/owner/name/tree/"):
+            if httpd.down:
+                self.reply(503, b"{}", {}, body)
+            elif path.startswith("/api/models/owner/name/tree/"):
                 self.reply_json([{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in names.items()], body)
             elif path.startswith("/api/models/owner/name"):
                 siblings = [{"rfilename": name} for name in names]
@@ -73,7 +75,7 @@ def server(folder, tmp_path):
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.seen = []
+    httpd.seen, httpd.down = [], False
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield httpd
     httpd.shutdown()
@@ -128,6 +130,10 @@ def test_a_variant_is_all_that_is_fetched_of_the_weights(server, tmp_path):
 def test_unknown_ids_and_empty_caches_are_named(server, tmp_path):
     load(server, tmp_path / "home", "owner/other", expect="CheckpointError: owner/other: the hub says")
     load(server, tmp_path / "home", expect="FileNotFoundError: owner/name: not in the cache", HF_HUB_OFFLINE="1")
+    server.seen.clear()
+    server.down = True
+    load(server, tmp_path / "home", expect="FileNotFoundError: owner/name: not in the cache")
+    assert [path for path in server.seen if "owner" in path] == ["/api/models/owner/name"]  # asked once, not again and again
 
 
 @pytest.mark.parametrize("text", ["owner/name", "stabilityai/sd-turbo", "a/b.c", "runwayml/stable_diffusion-v1.5"])

@@ -617,6 +617,8 @@ def test_another_vae_from_a_folder_a_model_and_files(folder, single, sd15, tmp_p
     sources = keymap.vae_sources(other.state_dict(), other.config, prefix="")
     write_safetensors(tmp_path / "bare.safetensors", original_tensors(other.state_dict(), sources))
     broken(single, lambda t: [t.pop(k) for k in list(t) if k.startswith("first_stage")])
+    with pytest.raises(CheckpointError, match=r"there is no VAE in this file; give one as `vae` \(--vae\)"):
+        load_parts(single)
     for vae in (folder("sd21"), folder("sd21") / "vae", tmp_path / "bare.safetensors"):
         parts = load_parts(single, vae=vae)
         assert torch.equal(parts.vae.encoder.conv_in.weight, other.encoder.conv_in.weight)
