@@ -202,7 +202,8 @@ def question(config: Evaluation, pipe: Pipeline) -> dict[str, Any]:
     """What the numbers depend on; which samplers are compared is no part of it."""
     free = ("out", "samplers", "sampler_steps", "samplers_alone", "progress")
     asked = {key: value for key, value in asdict(config).items() if key not in free}
-    return asked | {"weights": fingerprint(pipe.unet), "dtype": str(pipe.dtype), "version": __version__}
+    asked |= {"weights": fingerprint(pipe.unet, pipe.vae, pipe.text), "sampling": asdict(pipe.spec.sampling)}
+    return asked | {"dtype": str(pipe.dtype), "version": __version__}
 
 
 def show(config: Evaluation) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from latentdiff.checkpoints.files import CheckpointError, read_json, write_json
 
@@ -47,9 +47,13 @@ class Kept:
         self.path.unlink(missing_ok=True)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """16 hexadecimal digits that tell one network's weights from another's."""
+class Weighty(Protocol):
+    def parameters(self) -> Iterator[Tensor]: ...
+
+
+def fingerprint(*parts: Weighty) -> str:
+    """16 hexadecimal digits that tell the weights of some networks from others'."""
     found = hashlib.sha256()
-    for p in module.parameters():
+    for p in (p for part in parts for p in part.parameters()):
         found.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]

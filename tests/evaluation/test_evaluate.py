@@ -1,5 +1,6 @@
 """`latentdiff evaluate`: the questions it asks, its numbers where they are known, and its report."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -240,9 +241,22 @@ def test_parts_of_another_question_count_for_nothing(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_another_vae_or_other_habits_are_another_question(config: Evaluation, tiny_pipe: Any) -> None:
+    whole = replace(config, samplers=("heun",), samplers_alone=True, out=Path("x"))
+    asked = module.question(config, tiny_pipe)
+    assert module.question(whole, tiny_pipe) == asked
+    sampling = replace(tiny_pipe.spec.sampling, guidance=2.0)
+    assert module.question(config, replace(tiny_pipe, spec=replace(tiny_pipe.spec, sampling=sampling))) != asked
+    vae = copy.deepcopy(tiny_pipe.vae)
+    with torch.no_grad():
+        next(vae.parameters()).add_(1)
+    assert module.question(config, replace(tiny_pipe, vae=vae)) != asked
+
+
 def test_a_fingerprint_tells_weights_apart() -> None:
     a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).bfloat16()
     assert fingerprint(a) == fingerprint(a) != fingerprint(b)
+    assert len({fingerprint(a), fingerprint(a, b), fingerprint(b, a)}) == 3
     before = fingerprint(b)
     with torch.no_grad():
         b.bias[0] += 1
