@@ -29,6 +29,26 @@ def test_a_bad_comparison_is_refused_before_any_picture(samplers, steps, message
         compare.sampler_grid(lambda *a, **k: pytest.fail("computed"), "a cat", samplers, steps)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run_of_each_sampler_is_watched_and_stopped(tiny_pipe, name):
+    """Each step has its preview, and a run that is left computes no more; the last step's is what the call gives."""
+    called = []
+    hook = tiny_pipe.unet.register_forward_pre_hook(lambda module, args: called.append(len(args[0])))
+    try:
+        run = tiny_pipe.stream("a cat", sampler=name, steps=5, seed=1)
+        previews = [next(run).preview()[0] for _ in range(2)]
+        done = len(called)
+        run.close()
+        assert len(called) == done
+        steps = list(tiny_pipe.stream("a cat", sampler=name, steps=5, seed=1))
+        assert len(called) - done > done
+    finally:
+        hook.remove()
+    assert [step.i for step in steps] == list(range(5))
+    assert all(a.tobytes() == step.preview()[0].tobytes() for a, step in zip(previews, steps, strict=False))
+    assert steps[-1].images()[0].tobytes() == tiny_pipe("a cat", sampler=name, steps=5, seed=1, progress=False)[0].tobytes()
+
+
 def test_errors_fall_as_the_orders_say_and_evaluations_are_counted():
     found = compare.convergence(counts=(64, 128))
     assert list(found) == [name for name in SAMPLERS if not FACTS[name].stochastic]
