@@ -4,6 +4,7 @@ Nothing that stands in a folder is imported or executed: class names are compare
 `custom_pipeline` and whatever else is not read. What a file asks for and our networks do not have is an error that names it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -330,8 +331,10 @@ def assemble(*, unet: Config, vae: Config, scheduler: Config | None, towers: Seq
     if u.vector_dim is not None:
         towers = [replace(t, layer=-2, final_norm=False, pooled=t is towers[-1]) for t in towers]
         layout = _vector_layout(unet, u.vector_dim, towers[-1].projection or 0)
-    elif isinstance(v, VAEConfig):
-        v = replace(v, force_upcast=False)  # files say true by default; only SDXL's overflows in float16
+    else:
+        u, sampling = _first_releases(unet, u), _offset_by_one(sampling)
+        if isinstance(v, VAEConfig):
+            v = replace(v, force_upcast=False)  # files say true by default; only SDXL's overflows in float16
     levels = len(v.block_out_channels if isinstance(v, VAEConfig) else v.encoder_blocks)
     spec = ModelSpec(
         name="custom",
@@ -352,6 +355,18 @@ def assemble(*, unet: Config, vae: Config, scheduler: Config | None, towers: Seq
         )
     _built(unet, lambda: spec.task)  # a U-Net input that means nothing is an error now, with the file's name
     return replace(spec, name=family_name(spec))
+
+
+def _first_releases(config: Config, unet: UNetConfig) -> UNetConfig:
+    """Folders of 2022 (SD 1.x, inpainting) may say a size of 32 and mean 64, as diffusers' pipelines know too."""
+    written = re.match(r"0\.(\d+)\.", str(config.data.get("_diffusers_version")))
+    early = written is not None and int(written[1]) < 9
+    return replace(unet, sample_size=max(64, unet.sample_size)) if early else unet
+
+
+def _offset_by_one(sampling: SamplingSpec) -> SamplingSpec:
+    """What SD 1.x and 2.x need with "leading", and diffusers' pipelines set, where an old file does not say it."""
+    return replace(sampling, steps_offset=1) if sampling.spacing == "leading" else sampling
 
 
 def _vector_layout(config: Config, vector: int, pooled: int) -> str:

@@ -516,6 +516,42 @@ def test_bad_habits_of_sampling_are_named(own, message):
         configs.read_schedule(configs.Config(Path("s.json"), {"_class_name": "DDIMScheduler", "_sampling": own}))
 
 
+# What stands in the folders of 2022: CompVis/stable-diffusion-v1-4, runwayml/stable-diffusion-inpainting.
+LEVELS = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+UNET_2022 = {
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0.dev0", "act_fn": "silu", "attention_head_dim": 8,
+    "center_input_sample": False, "cross_attention_dim": 768, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
+    "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
+    "out_channels": 4, "sample_size": 64, **LEVELS,
+}  # fmt: skip
+VAE_2022 = {
+    "_class_name": "AutoencoderKL", "_diffusers_version": "0.5.0.dev0", "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
+    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+PNDM_2022 = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.4.0.dev0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "trained_betas": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [{}, {"steps_offset": 1}])
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("family", [families.SD15, families.SD15_INPAINT], ids=lambda f: f.name)
+def test_the_first_folders_are_their_families(family, size, offset):
+    """Sizes of 32 and no offset stand in some of them; diffusers' pipelines mend both, and so do we."""
+    unet = UNET_2022 | {"in_channels": family.unet.in_channels, "sample_size": size}
+    files = {"unet": unet, "vae": VAE_2022, "scheduler": PNDM_2022 | offset}
+    towers = [replace(families.CLIP_L, projection=768)]
+    made = {part: configs.Config(Path(f"{part}.json"), data) for part, data in files.items()}
+    assert configs.assemble(**made, towers=towers, index={}) == family
+
+
 @pytest.mark.parametrize("field", [*configs.UNET_FIXED, "addition_time_embed_dim"])
 def test_what_our_unet_cannot_do_is_refused(field):
     unet = configs.unet_json(families.SDXL.unet) | {field: "something"}
