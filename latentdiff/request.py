@@ -18,9 +18,10 @@ from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.diffusion.rules import Rule, cfg, rescale, rule
 from latentdiff.diffusion.samplers import SAMPLERS, Randn, Step, bind, resolve
 from latentdiff.diffusion.schedules import NoiseSchedule, grid, spacing_named
-from latentdiff.prompts import SYNTAXES
+from latentdiff.prompts import SYNTAXES, conjunction
 
 MAX_PROMPT = 100_000  # characters, about 25,000 tokens
+MAX_WEIGHT = 1000.0  # of a word, or of a prompt beside others; far beyond what makes pictures, far below what overflows
 MAX_SIDE = 16_384  # pixels
 MAX_PICTURES = 10_000
 SEEDS = 2**64
@@ -122,6 +123,9 @@ def request(
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):
         raise ValueError(f"negative must be one text, or one a prompt ({len(prompts)}), got {len(negatives)}")
+    syntax = checked_syntax(syntax)
+    for name, given in (("prompt", prompts), ("negative", negatives)):
+        check_weights(name, given, syntax)
     n = integer("n", n, 1, MAX_PICTURES // len(prompts))
     own = spec.sampling
     steps = integer("steps", first(steps, own.steps, STEPS), 1, len(schedule))
@@ -137,7 +141,7 @@ def request(
         seeds=seeds(seed, n * len(prompts)),
         guidance=checked_guidance(first(guidance, own.guidance, GUIDANCE), rules=not scale_is_input),
         rescale=number("rescale", rescale, 0, 1),
-        syntax=checked_syntax(syntax),
+        syntax=syntax,
         steps=steps,
         sampler=name,
         solver=solver,
@@ -168,6 +172,19 @@ def texts(name: str, value: str | Sequence[str]) -> list[str]:
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"{name} must be proper Unicode, got half a surrogate pair in {shown(text)}")
     return list(given)
+
+
+def check_weights(name: str, texts: Sequence[str], syntax: str) -> None:
+    """No weight, of words or of prompts joined by AND, may be so large that numbers overflow."""
+    reading = SYNTAXES[syntax]
+    for text in dict.fromkeys(texts):
+        weights = [(words, weight) for section in reading.parse(text) for words, weight in section]
+        weights += conjunction(text) if reading.dynamic else []
+        for words, weight in weights:
+            if not abs(weight) <= MAX_WEIGHT:
+                raise ValueError(
+                    f"{name} must have weights from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}, got {weight:g} of {shown(words)}"
+                )
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:

@@ -266,6 +266,28 @@ def test_a_picture_of_another_program_is_asked_for_again(tiny_pipe):
     assert not same(karras, own)
 
 
+@pytest.mark.parametrize(
+    ("texts", "got"),
+    [
+        ({"prompt": "(" * 10_000 + "a cat"}, "prompt must have weights from -1000 to 1000, got inf of 'a cat'"),
+        ({"prompt": "(" * 10_000 + "[" * 10_000 + "a cat"}, "got inf of 'a cat'"),
+        ({"prompt": "a (red:-1001) cat"}, "got -1001 of 'red'"),
+        ({"prompt": "a cat", "negative": f"(blue:{'9' * 400})", "syntax": "comfyui"}, "negative must have weights .* got inf of"),
+        ({"prompt": ["a", "a cat AND a dog :1e9 AND b:2000"]}, "got 2000 of 'b'"),
+    ],
+)
+def test_weights_that_would_overflow_are_named_before_any_computing(tiny_pipe, texts, got):
+    with Calls(tiny_pipe) as sizes, pytest.raises(ValueError, match=got):
+        tiny_pipe(**texts, **FEW)
+    assert sizes == []
+
+
+def test_ten_thousand_brackets_that_leave_each_other_are_a_picture(tiny_pipe):
+    nested = tiny_pipe("([" * 5000 + "a cat" + "])" * 5000, **FEW)[0]
+    assert near(nested, tiny_pipe("a cat", **FEW)[0])
+    assert tiny_pipe("[" * 10_000 + "a cat" + "]" * 10_000, **FEW)[0].size == (32, 32)
+
+
 # -- few-step models --
 
 
