@@ -399,8 +399,10 @@ def run(
     progress: bool,
 ) -> Result:
     """Sources and targets side by side along the inversion of the pictures, or from noise where there are none."""
-    make, plan = Maker(pipe, unet), jobs[0].plan
-    found = invert(pipe, make, jobs, conds[0], z)
+    plan, sigmas = jobs[0].plan, jobs[0].asked.sigmas
+    sigmas = sigmas if z is None else shortened(pipe.schedule, sigmas, plan.strength, exact=True)
+    make = Maker(pipe, unet, pipe.times(sigmas))
+    found = invert(pipe, make, jobs, conds[0], z, sigmas)
     old_guidance = plan.guidance if z is None or plan.inversion == "null-text" else 1.0
     old, new = make(*conds[0], old_guidance, found), make(*conds[1], plan.guidance, found)
     old_words, new_words = ([p2p.words(pipe.text, job.asked.prompts[k], conds[k][0].tokens) for job in jobs] for k in range(2))
@@ -447,10 +449,11 @@ def region(
 
 @dataclass(frozen=True, eq=False)
 class Maker:
-    """Makes guided denoisers of a pipeline whose attention can be wrapped."""
+    """Makes guided denoisers of a pipeline whose attention can be wrapped. times: of the run, which are embedded once."""
 
     pipe: Pipeline
     unet: UNet
+    times: tuple[float, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -464,8 +467,8 @@ class Maker:
 
     def __call__(self, cond: Cond, uncond: Cond, guidance: float, found: Inversion | None = None) -> p2p.Guided:
         """Classifier-free guidance, with the unconditional contexts of null-text inversion where there are some."""
-        told, untold = (c.to(dtype=self.dtype).project(self.unet) for c in (cond, uncond))
-        both = told if guidance == 1 else told.join(untold)
+        told, untold = (c.to(dtype=self.dtype) for c in (cond, uncond))
+        both = (told if guidance == 1 else told.join(untold)).project(self.unet, self.times)
         nulls, levels = (found.nulls, found.sigmas.tolist()) if found else ((), [])
 
         def denoise(x: Tensor, sigma: Tensor, attend: Attend) -> Tensor:
@@ -474,7 +477,7 @@ class Maker:
             conds = both
             if nulls:
                 null = nulls[inversion.level_of(levels, sigma.item())].to(self.dtype)
-                conds = told.join(Cond(null, untold.vector).project(self.unet))
+                conds = replace(told.join(Cond(null, untold.vector)).project(self.unet), shifts=both.shifts)
             prompt, negative = self.denoiser(attend)(x.repeat(2, 1, 1, 1), sigma, conds).chunk(2)
             return prompt + (guidance - 1) * (prompt - negative)
 
@@ -492,16 +495,20 @@ class Maker:
 
 
 def invert(
-    pipe: Pipeline, make: Maker, jobs: Sequence[Job], conds: tuple[Cond, Cond], z: Float[Tensor, "b c h w"] | None
+    pipe: Pipeline,
+    make: Maker,
+    jobs: Sequence[Job],
+    conds: tuple[Cond, Cond],
+    z: Float[Tensor, "b c h w"] | None,
+    sigmas: Float[Tensor, " steps+1"],
 ) -> Inversion:
     """The runs that rebuild z; from noise where there are no pictures."""
     plan, asked = jobs[0].plan, jobs[0].asked
     randn: Randn = request.randn([job.asked.seeds[0] for job in jobs])
     if z is None:
         start = pipe.noise(replace(asked, prompts=tuple(job.plan.source for job in jobs)), randn)
-        return Inversion(sigmas=asked.sigmas, states=(start,))
+        return Inversion(sigmas=sigmas, states=(start,))
     cond, uncond = conds
-    sigmas = shortened(pipe.schedule, asked.sigmas, plan.strength, exact=True)
     if plan.inversion == "edit-friendly":
         return inversion.edit_friendly(make.plain(cond), z, sigmas, randn)
     found = inversion.ddim(make.plain(cond), z, sigmas)
@@ -523,7 +530,7 @@ def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: fl
     spans = [found.span(word, "word") for word in words]
     x = pipe.noise(asked, randn := request.randn(asked.seeds))
     maps = [p2p.Maps((span,), x.shape[-2], x.shape[-1]) for span in spans]
-    denoise = p2p.watched(Maker(pipe, pipe.unet)(cond, uncond, guidance), maps)
+    denoise = p2p.watched(Maker(pipe, pipe.unet, pipe.times(asked.sigmas))(cond, uncond, guidance), maps)
     sigma = asked.sigmas[-1]
     for step in tqdm(asked.sample(denoise, x, randn), total=asked.steps, disable=not progress, unit="step", dynamic_ncols=True):
         x, sigma = step.x, step.sigma

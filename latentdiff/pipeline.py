@@ -415,13 +415,16 @@ class Pipeline:
             network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet, times)
         )
 
+    def times(self, sigmas: Float[Tensor, " steps+1"]) -> tuple[float, ...]:
+        """The times at which the network is asked in a run over these levels."""
+        return tuple(dict.fromkeys(self.schedule.t(sigma).float().item() for sigma in sigmas[:-1].double()))
+
     def denoise(self, unet: UNet, told: list[list[Stage]], asked: Request) -> Denoise:
         """(x, sigma) -> x0 for the whole batch, in groups that go through the network together.
 
         On a CPU each picture is a group: products of other shapes round otherwise, and a picture would depend on its neighbours.
         """
-        times = tuple(dict.fromkeys(self.schedule.t(sigma).float().item() for sigma in asked.sigmas[:-1].double()))
-        denoiser = self.denoiser(unet, times)
+        denoiser = self.denoiser(unet, self.times(asked.sigmas))
 
         def make(rows: slice, spare: bool) -> Denoise:
             network = denoiser.network.fresh() if isinstance(denoiser.network, Cached) else denoiser.network
