@@ -315,9 +315,11 @@ def test_few_step_models_by_their_scheduler_file_alone(name, changes, steps, tin
     diffusers = pytest.importorskip("diffusers")
     spec = tiny_parts().spec
     sampler = {"LCMScheduler": "lcm", "TCDScheduler": "tcd", "EulerDiscreteScheduler": "euler"}[name]
-    sampling = SamplingSpec(spacing="trailing", steps_offset=0, final="zero", sampler=sampler, steps=4, guidance=1.0)
+    spacing = "trailing" if sampler == "euler" else "lcm"
+    sampling = SamplingSpec(spacing=spacing, steps_offset=0, final="zero", sampler=sampler, steps=4, guidance=1.0)
     parts = tiny_parts(prediction="eps", schedule=ScheduleSpec(), sampling=sampling, unet=replace(spec.unet, **changes))
     save_folder(parts, tmp_path / "m")
+    assert "_sampling" not in (tmp_path / "m" / "scheduler" / "scheduler_config.json").read_text()  # its class says it all
     pipe = latentdiff.load(tmp_path / "m", device="cpu", dtype="float32")
     assert (pipe.spec.sampling.sampler, pipe.spec.sampling.steps) == (sampler, 4)
     guidance = 8.0 if changes else 1.0
