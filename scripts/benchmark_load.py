@@ -125,11 +125,16 @@ def read_all(tensors: Iterable[Tensor]) -> float:
 def measure(loader: str, folder: Path) -> dict[str, float]:
     load = LOADERS[loader](folder)
     before = resident("VmRSS")
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     modules = load()
     loaded = time.perf_counter()
     read_all(p for module in modules for p in module.parameters())
-    return {"load": loaded - start, "read": time.perf_counter() - start, "memory": resident("VmHWM") - before}
+    return {
+        "load": loaded - start,
+        "read": time.perf_counter() - start,
+        "processor": time.process_time() - processor,
+        "memory": resident("VmHWM") - before,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- the table
@@ -167,11 +172,12 @@ def report(folder: Path, results: dict[str, list[dict[str, float]]]) -> None:
     size = (folder / "model.safetensors").stat().st_size
     print(f"SD 1.5, {size / 2**30:.2f} GiB in one file; medians of {len(results['diffusers'])} interleaved rounds")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(f"{'':<16} {'load':>8} {'and read':>9} {'of diffusers':>13} {'peak memory':>12} {'of the file':>12}")
+    print(f"{'':<16} {'load':>8} {'and read':>9} {'of diffusers':>13} {'processor':>10} {'peak memory':>12} {'of the file':>12}")
     middle = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
     for name, m in middle.items():
         share, memory = m["read"] / middle["diffusers"]["read"], m["memory"] / size
-        print(f"{name:<16} {m['load']:7.2f}s {m['read']:8.2f}s {share:12.2f}x {m['memory'] / 2**30:8.2f} GiB {memory:11.2f}x")
+        times = f"{m['load']:7.2f}s {m['read']:8.2f}s {share:12.2f}x {m['processor']:9.2f}s"
+        print(f"{name:<16} {times} {m['memory'] / 2**30:8.2f} GiB {memory:11.2f}x")
 
 
 if __name__ == "__main__":
