@@ -252,6 +252,22 @@ def test_a_report_from_end_to_end(tmp_path: Path, monkeypatch):
             assert min(row["seconds"]) <= row["p50"] <= row["p90"] <= row["p99"] <= max(row["seconds"])
 
 
+def test_what_was_measured_before_it_was_stopped_is_kept(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(run, "subject", lambda name: subjects.random_parts(tiny(SD15)))
+    monkeypatch.setattr(
+        run, "limits", lambda *a: {"datasheet": None, "big_product": 0.1, "best_kernels": 0.2, "step": 1, "decode": 1}
+    )
+    monkeypatch.setattr(run, "mlperf_like", lambda *a: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run.bench(
+            models=("sd15",), out=tmp_path, device="cpu", dtype="float32", seconds=0.0, stages=("text", "step"), climb=False,
+            mlperf=True, processes=False,
+        )  # fmt: skip
+    text = markdown(json.loads((tmp_path / "report.json").read_text()))
+    assert "One guided step" in text
+    assert "Our step runs at" in text
+
+
 def test_ours_comes_first_and_alone_without_diffusers(monkeypatch):
     from latentdiff.bench import contestants as module
 

@@ -47,7 +47,7 @@ def _model(name: str, model: Report) -> Iterator[str]:
     yield f"Limits in TFLOP/s, {model['dtype']}: {', '.join(known)}" + (
         f"; {', '.join(unknown)}: not known here." if unknown else "."
     )
-    yield model["ceilings"]["says"] + "\n"
+    yield model["ceilings"].get("says", "") + "\n"
     for stage in model["stages"]:
         yield from _table(stage["title"], stage)
     if model.get("ladder"):
@@ -102,7 +102,7 @@ def plot(report: Report, path: Path) -> bool:
         axes[0][1].plot([r["name"] for r in ladder], [r["ratio"] for r in ladder], marker="o", label=name)
     if rungs:
         axes[0][1].set_ylabel("speed against float32")
-        axes[0][1].tick_params(axis="x", rotation=30)
+        pyplot.setp(axes[0][1].get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
         axes[0][1].legend()
     figure.savefig(path)
     pyplot.close(figure)

@@ -101,12 +101,17 @@ def bench(
     for name in models:
         tell(f"{name}: building")
         parts = subject(name)
-        report["models"][name] = model = {"dtype": str(kind).removeprefix("torch."), "cost": cost(parts.spec)}
+        model: Report = {"dtype": str(kind).removeprefix("torch."), "cost": cost(parts.spec), "stages": []}
         model["ceilings"] = limits(parts.spec, place, kind, 0.1 if quick else 0.3)
+        report["models"][name] = model
         model["ladder"] = rungs(parts, place, kind, seconds, compiled) if climb else []
+        store(report, out)
         entrants = contestants(parts, place, kind, compiled=compiled, peer_dtypes=others)
         sizes = batches or growing(place, entrants[0].step)
-        model["stages"] = list(measured(entrants, place, seconds, steps, sizes, stages))
+        for stage in measured(entrants, place, seconds, steps, sizes, stages):
+            model["stages"].append(stage)
+            model["ceilings"]["says"] = against_limits(model)
+            store(report, out)
         if mlperf:
             model["stages"].append(mlperf_like(entrants, place, seconds, sizes))
         if sustained:
@@ -116,7 +121,6 @@ def bench(
         gc.collect()
         if processes and place.type == "cpu":
             model["memory"] = memory(name, kind)
-        model["ceilings"]["says"] = against_limits(model)
     if processes and "embedded" in models and place.type == "cpu":
         report["cold_start"] = cold_start(seconds)
     report["machine_after"] = describe(place)
@@ -128,9 +132,14 @@ def tell(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def write(report: Report, out: Path) -> None:
+def store(report: Report, out: Path) -> None:
+    """What is known so far: a benchmark of hours may be stopped."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def write(report: Report, out: Path) -> None:
+    store(report, out)
     (out / "report.md").write_text(markdown(report), encoding="utf-8")
     drawn = plot(report, out / "report.png")
     tell(f"wrote {out / 'report.md'}, report.json{' and report.png' if drawn else '; no plot: matplotlib is not installed'}")
