@@ -156,7 +156,7 @@ def sampler_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     def cell(row: Mapping[str, Any], what: str) -> str:
         text = f"{row[what]:.1f}"
-        return f"**{text}**" if row[what] == best[what, row["steps"]] else text
+        return f"**{text}**" if text == f"{best[what, row['steps']]:.1f}" else text
 
     lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " --: |" * (len(heads) - 2)]
     for (_, spacing), (names, at) in found.items():

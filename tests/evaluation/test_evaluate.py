@@ -277,7 +277,7 @@ def test_the_table_of_samplers_has_a_row_for_each_rule_and_grid() -> None:
     rows = [row("ddim", "trailing", 5, 30.26, 60.0, 5), row("ddim", "trailing", 10, 20.0, 62.04, 10)]
     rows += [row("euler", "trailing", 5, 30.26, 60.0, 5), row("euler", "trailing", 10, 20.0, 62.04, 10)]
     rows += [row("DPM++ 2M Karras", "karras", 5, 40.0, 61.0, 5), row("DPM++ 2M Karras", "karras", 10, 18.0, 61.9, 10)]
-    rows += [row("dpmpp_2m", "trailing", 5, 25.0, 59.0, 5), row("dpmpp_2m", "trailing", 10, 19.0, 58.0, 10)]
+    rows += [row("dpmpp_2m", "trailing", 5, 25.0, 59.0, 5), row("dpmpp_2m", "trailing", 10, 18.04, 58.0, 10)]
     note, blank, *table = module.sampler_table(rows)
     assert "of 64 pictures a cell" in note
     assert not blank
@@ -286,7 +286,7 @@ def test_the_table_of_samplers_has_a_row_for_each_rule_and_grid() -> None:
         "| --- | --- | --: | --: | --: | --: | --: |",
         "| ddim, euler | trailing | 5, 10 | 30.3 | 20.0 | 60.0 | **62.0** |",
         "| dpmpp_2m | karras | 5, 10 | 40.0 | **18.0** | **61.0** | 61.9 |",
-        "| dpmpp_2m | trailing | 5, 10 | **25.0** | 19.0 | 59.0 | 58.0 |",
+        "| dpmpp_2m | trailing | 5, 10 | **25.0** | **18.0** | 59.0 | 58.0 |",
     ]
 
 
