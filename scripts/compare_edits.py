@@ -35,10 +35,10 @@ from latentdiff.training.drawings import BACKGROUNDS, Drawings
 KINDS = ("swap", "remove", "background")
 RUNS: dict[str, list[dict[str, Any]]] = {  # method -> the points of its curve
     "img2img": [{"strength": s} for s in (0.3, 0.5, 0.7, 0.9)],
-    "ddim": [{"strength": s} for s in (0.6, 1.0)],
-    "null-text": [{"strength": 0.75, "steps": 10}],  # each of its steps costs forty of another method's
-    "edit-friendly": [{"strength": s} for s in (0.4, 0.6, 0.8)],
-    "prompt-to-prompt": [{"strength": s} for s in (0.6, 0.8, 1.0)],
+    "ddim": [{"strength": 1.0}],
+    "null-text": [{"strength": 0.75, "steps": 8}],  # each of its steps costs forty of another method's
+    "edit-friendly": [{"strength": s} for s in (0.5, 0.7)],
+    "prompt-to-prompt": [{"strength": s} for s in (0.7, 0.9)],
 }
 REBUILT = {"ddim": 1.0, "edit-friendly": 1.0, "null-text": 7.5}  # inversion -> the guidance at which it must hold on
 REBUILT_STEPS = 50
