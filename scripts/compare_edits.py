@@ -38,7 +38,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {  # method -> the points of its curve
     "ddim": [{"strength": 1.0}],
     "null-text": [{"strength": 0.75, "steps": 8}],  # each of its steps costs forty of another method's
     "edit-friendly": [{"strength": s} for s in (0.5, 0.7)],
-    "prompt-to-prompt": [{"strength": s} for s in (0.7, 0.9)],
+    "prompt-to-prompt": [{"strength": s} for s in (0.5, 0.7)],
 }
 REBUILT = {"ddim": 1.0, "edit-friendly": 1.0, "null-text": 7.5}  # inversion -> the guidance at which it must hold on
 REBUILT_STEPS = 50
@@ -283,9 +283,9 @@ def features(pipe: latentdiff.Pipeline, image: Image.Image) -> list[torch.Tensor
 
 def above(point: Point, curve: Sequence[Point]) -> float | None:
     """dB of kept picture that a point has over a curve at its own CLIP score, at least: over the curve's end where it lies beyond
-    the highest score; None below the lowest.
+    the highest score; None below the lowest. The curve is the best of its method: a point that another beats in both is none of it.
     """
-    pairs = sorted((p.clip, p.psnr) for p in curve)
+    pairs = sorted((p.clip, p.psnr) for p in curve if not any(q.clip > p.clip and q.psnr > p.psnr for q in curve))
     clips, kept = [clip for clip, _ in pairs], [psnr for _, psnr in pairs]
     return point.psnr - float(np.interp(point.clip, clips, kept)) if point.clip >= clips[0] else None
 

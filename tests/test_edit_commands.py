@@ -178,6 +178,8 @@ def test_a_point_is_compared_with_the_curve_at_its_own_score(compare):
     assert compare.above(compare.Point("ddim", {}, 22.0, 28.0, 0.0), curve) == pytest.approx(3.0)
     assert compare.above(compare.Point("ddim", {}, 25.0, 28.0, 0.0), curve) == pytest.approx(8.0)
     assert compare.above(compare.Point("ddim", {}, 19.0, 28.0, 0.0), curve) is None
+    worse = compare.Point("img2img", {}, 23.9, 5.0, 0.0)  # as where too strong a setting loses both
+    assert compare.above(compare.Point("ddim", {}, 22.0, 28.0, 0.0), [*curve, worse]) == pytest.approx(3.0)
 
 
 def test_the_comparison_writes_table_numbers_plot_and_sheet(compare, drawings_folder, tiny_folder, tmp_path, monkeypatch):
