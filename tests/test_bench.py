@@ -208,6 +208,7 @@ def test_best_kernels_are_found_for_each_product():
     kernels = ceilings.best_kernels(work, CPU, torch.float32, seconds=0.001)
     assert ceilings.ceiling(work, kernels) == pytest.approx(sum(kernels[p] * n for p, n in work.items()))
     assert min(kernels.values()) > 0
+    assert len(list(ceilings.ways(Conv((1, 8, 6, 6), 4, 3, 1, 1), CPU, torch.float32))) == 3
     assert ceilings.datasheet(CPU) is None
 
 
