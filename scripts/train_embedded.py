@@ -7,7 +7,7 @@
 
 RUN holds a folder for each stage; killed at any moment, the same command goes on. Seconds by stage are added up in RUN/times.json.
 On a CPU each of several processes is pinned to a core and runs one thread: on two cores that other work kept busy, two such
-processes were much faster than one with two threads. A stage by itself: --stage data (vae, decoder, clip, judge, unet, weights).
+processes were much faster than one with two threads. Stages by themselves: --stage data | vae | clip | judge | unet | weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 import cyclopts
 
-Stage = Literal["data", "vae", "decoder", "clip", "judge", "unet", "weights"]
+Stage = Literal["data", "vae", "clip", "judge", "unet", "weights"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 LARGEST = 48_000_000  # bytes that the shipped folder may have
 CLOSE = 2.0  # of 255: mean difference allowed between pictures of the float16 and the float32 weights
@@ -42,11 +42,10 @@ FAVOURITES = COMMON + OTHERS
 class Recipe:
     """What the trainings are told; `compose` is what their pictures are told. All recipes have networks of the same sizes.
 
-    decoder: more of the VAE, beside an encoder that stays. judge: more of CLIP, beside a text tower that stays.
+    judge: more of CLIP, beside a text tower that stays as the U-Net hears it.
     """
 
     vae: Mapping[str, Any]
-    decoder: Mapping[str, Any]
     clip: Mapping[str, Any]
     judge: Mapping[str, Any]
     unet: Mapping[str, Any]
@@ -63,11 +62,8 @@ FIRST = dict(  # one hand, in the middle, at one size, common ideas most often: 
 )  # fmt: skip
 BESIDE = dict(**CLIP_SIZES, batch=128, lr=5e-4, warmup=50, weight_decay=0.1, save_every=100, freeze_text=True, standardise=True)
 
-CLEANLY = dict(size=128, freeze_encoder=True, latent_noise=0.3)
-
 SHORT = Recipe(
     vae=dict(**VAE_SIZES, steps=3600, batch=16, crop=64, lr=1e-3, ema=0.998, warmup=100, save_every=400, compile=True),
-    decoder=dict(CLEANLY, steps=1500, batch=16, crop=64, lr=5e-4, ema=0.998, warmup=50, save_every=250),
     clip=dict(**CLIP_SIZES, steps=1100, batch=128, lr=1e-3, ema=0.99, warmup=100, weight_decay=0.1, save_every=100),
     judge=dict(BESIDE, steps=1500, ema=0.998),
     unet=dict(
@@ -75,7 +71,6 @@ SHORT = Recipe(
     ),
     compose=dict(
         vae=dict(everyday=0.6, white=0.4),
-        decoder=dict(everyday=0.6, white=0.5),
         clip=dict(everyday=0.7, favourites=FAVOURITES, favour=0.4, pair=0.05, several=0.03, triple=0.01, white=0.8),
         judge=dict(everyday=0.35, pair=0.08, several=0.04, triple=0.02),
         unet=FIRST,
@@ -83,7 +78,6 @@ SHORT = Recipe(
 )
 CPU = Recipe(
     vae=dict(SHORT.vae, steps=8000, ema=0.999),
-    decoder=dict(SHORT.decoder, steps=3000, ema=0.999),
     clip=dict(SHORT.clip, steps=4000, ema=0.998, warmup=200),
     judge=dict(SHORT.judge, steps=3000, ema=0.998),
     unet=dict(SHORT.unet, steps=16_000, batch=64, ema=0.9993, pictures=60_000, save_every=500, sample_every=1000),
@@ -91,7 +85,6 @@ CPU = Recipe(
 )
 GPU = Recipe(
     vae=dict(SHORT.vae, steps=20_000, batch=64, crop=None, ema=0.9995, save_every=2000, workers=12),
-    decoder=dict(SHORT.decoder, steps=8000, batch=64, crop=None, ema=0.9995, save_every=2000, workers=12),
     clip=dict(SHORT.clip, steps=10_000, batch=512, ema=0.999, warmup=500, save_every=1000, workers=12),
     judge=dict(SHORT.judge, steps=5000, batch=512, ema=0.999, save_every=1000, workers=12),
     unet=dict(SHORT.unet, steps=60_000, batch=256, ema=0.9997, pictures=400_000, save_every=5000, sample_every=5000, workers=12),
@@ -118,7 +111,7 @@ def main(
     run
         Folder for all that is made; a run in it goes on.
     preset
-        How long: "short" is three hours on two cores, about what the shipped weights had; "cpu" a night; "gpu" one GPU.
+        How long: "short" is two and a half hours on two cores, about what the shipped weights had; "cpu" a night; "gpu" one GPU.
     data
         Built drawings (scripts/build_dataset.py); RUN/data if not given, which is then built.
     packages
@@ -179,14 +172,12 @@ def train(stage: str, recipe: Recipe, run: Path, data: Path) -> None:
     shared: dict[str, Any] = {"out": run / stage, "data": data, "compose": ComposeConfig(**recipe.compose[stage])}
     if stage == "vae":
         train_vae(VAETraining(**{**shared, **recipe.vae}))
-    elif stage == "decoder":
-        train_vae(VAETraining(**{**shared, **recipe.decoder, "start": run / "vae" / "model"}))
     elif stage == "clip":
         train_clip(CLIPTraining(**{**shared, **recipe.clip}))
     elif stage == "judge":
         train_clip(CLIPTraining(**{**shared, **recipe.judge, "start": run / "clip" / "model"}))
     else:
-        parts = {"vae": run / "decoder" / "model", "clip": run / "judge" / "model"}
+        parts = {"vae": run / "vae" / "model", "clip": run / "judge" / "model"}
         train_unet(UNetTraining(**{**shared, **parts, **recipe.unet}))
 
 

@@ -38,11 +38,10 @@ def recipe() -> ModuleType:
     module.PRESETS = {
         "cpu": module.Recipe(
             vae={**FEW, "widths": (8, 8), "groups": 4},
-            decoder={**FEW, "freeze_encoder": True, "latent_noise": 0.3},
             clip={**FEW, **CLIP},
             judge={**FEW, **CLIP, "freeze_text": True, "standardise": True},
             unet={**FEW, "widths": (8, 16), "attention": (False, True), "head_width": 8, "groups": 4, "pictures": 9},
-            compose=dict.fromkeys(("vae", "decoder", "clip", "judge", "unet"), compose),
+            compose={"vae": compose, "clip": compose, "judge": compose, "unet": compose},
         )
     }
     return module
@@ -124,20 +123,13 @@ def test_presets_are_valid_and_of_one_architecture(recipe: ModuleType, preset: s
     chosen, short, folder = getattr(recipe, preset), recipe.SHORT, Path("x")
     shared: dict[str, Any] = {"out": folder, "data": folder}
     VAETraining(**shared, **chosen.vae)
-    VAETraining(**shared, **chosen.decoder, start=folder)
     CLIPTraining(**shared, **chosen.clip)
     CLIPTraining(**shared, **chosen.judge)
     UNetTraining(**shared, vae=folder, clip=folder, **chosen.unet)
-    assert set(chosen.compose) == {"vae", "decoder", "clip", "judge", "unet"}
+    assert set(chosen.compose) == {"vae", "clip", "judge", "unet"}
     for compose in chosen.compose.values():
         ComposeConfig(**compose)
-    sizes_of = {
-        "vae": recipe.VAE_SIZES,
-        "decoder": {},
-        "clip": recipe.CLIP_SIZES,
-        "judge": recipe.CLIP_SIZES,
-        "unet": recipe.UNET_SIZES,
-    }
+    sizes_of = {"vae": recipe.VAE_SIZES, "clip": recipe.CLIP_SIZES, "judge": recipe.CLIP_SIZES, "unet": recipe.UNET_SIZES}
     for stage, sizes in sizes_of.items():
         assert sizes.items() <= getattr(chosen, stage).items()
         assert getattr(chosen, stage)["steps"] >= getattr(short, stage)["steps"]
