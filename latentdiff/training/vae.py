@@ -13,10 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentdiff.checkpoints import configs
-from latentdiff.checkpoints.families import EMBEDDED
 from latentdiff.checkpoints.files import write_json, write_safetensors
-from latentdiff.checkpoints.fill import Options
-from latentdiff.checkpoints.io import load_vae
 from latentdiff.images import save_grid
 from latentdiff.models.initialise import init_for_training
 from latentdiff.models.vae import VAE, VAEConfig
@@ -49,13 +46,6 @@ class VAETraining(LoopConfig):
     """Weight of the KL divergence, a latent number, in nats."""
     edges: float = 0.5
     """Weight of the L1 difference of picture gradients: keeps outlines sharp, which a plain L1 or L2 blurs."""
-    latent_noise: float = 0.0
-    """Noise on the latents that are decoded, drawn evenly up to this standard deviation, in the units of a U-Net's latents: the
-    decoder learns to draw cleanly what a U-Net makes a little wrong (Zheng et al., arXiv 2510.11690, section 4.3)."""
-    start: Path | None = None
-    """Begin with the VAE of this model folder, and its sizes, instead of new weights."""
-    freeze_encoder: bool = False
-    """Leave the encoder, and so the latents, as they are: for when a U-Net knows them already. Needs `start`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,11 +53,9 @@ class VAETraining(LoopConfig):
         for name, side in (("size", self.size), ("crop", self.crop)):
             if side is not None and (side < factor or side % factor):
                 raise ValueError(f"{name} must be a multiple of {factor} (one halving less than there are widths), got {side!r}")
-        for name in ("kl", "edges", "latent_noise"):
+        for name in ("kl", "edges"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        if self.freeze_encoder and self.start is None:
-            raise ValueError("freeze_encoder must be False where there is no start: new weights would stay as they were drawn")
 
 
 class AutoEncoder(nn.Module):
@@ -77,11 +65,10 @@ class AutoEncoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], noise: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(pictures of the sampled latents with `error` added, mean, log variance)"""
+    def forward(self, images: Float[Tensor, "b 3 h w"], noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = self.vae.moments(images)
         z = mean + (0.5 * logvar).exp() * noise
-        return self.vae.decode(z * self.vae.config.scale + error), mean, logvar
+        return self.vae.decode(z * self.vae.config.scale), mean, logvar
 
 
 def reconstruction_loss(x: Tensor, y: Tensor, edges: float) -> Tensor:
@@ -104,20 +91,25 @@ def train_vae(config: VAETraining) -> VAE:
     Returns it on the training device. Errors: as `fit`, and those of loading the data.
     """
     source = open_source(config.data, size=config.size, compose=config.compose)
-    vae = begin(config)
-    sizes = vae.config
+    sizes = VAEConfig(
+        block_out_channels=config.widths,
+        layers_per_block=config.layers,
+        latent_channels=config.latent_channels,
+        norm_groups=config.groups,
+        scale=1.0,
+        force_upcast=False,
+        sample_size=config.size,
+    )
+    torch.manual_seed(config.seed)
+    vae = VAE(sizes)
+    init_for_training(vae)
 
     def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         images = crops(batch[0], config.crop, generator).to(next(model.parameters()).device)
         b, _, h, w = images.shape
         factor = vae.factor
-        noise = torch.randn(b, sizes.latent_channels, h // factor, w // factor, generator=generator)
-        error = torch.zeros_like(noise)
-        if config.latent_noise:
-            level = config.latent_noise * torch.rand(b, 1, 1, 1, generator=generator)
-            error = level * torch.randn(noise.shape, generator=generator)
-        images = images.contiguous(memory_format=torch.channels_last)
-        y, mean, logvar = model(images, noise.to(images.device), error.to(images.device))
+        noise = torch.randn(b, config.latent_channels, h // factor, w // factor, generator=generator).to(images.device)
+        y, mean, logvar = model(images.contiguous(memory_format=torch.channels_last), noise)
         y, mean, logvar = y.float(), mean.float(), logvar.float()
         rec, kl = reconstruction_loss(images, y, config.edges), kl_loss(mean, logvar)
         psnr = -10 * torch.log10((y.clamp(-1, 1) - images).square().mean() / 4)
@@ -134,35 +126,8 @@ def train_vae(config: VAETraining) -> VAE:
         save_grid(torch.cat([images, y]).unflatten(0, (2, 2, 8)).transpose(0, 1).flatten(0, 2), path, columns=8)
 
     trained = fit(AutoEncoder(vae), loss, stream, config, meta={"network": "vae", "sizes": repr(sizes)}, sample=sample).vae
-    scale = sizes.scale if config.freeze_encoder else latent_scale(trained, source)
-    once(lambda: save_vae(trained, replace(sizes, scale=scale), config.out / "model" / "vae"))
+    once(lambda: save_vae(trained, replace(sizes, scale=latent_scale(trained, source)), config.out / "model" / "vae"))
     return trained
-
-
-def begin(config: VAETraining) -> VAE:
-    """New weights, whose latents are not scaled yet, or those of `config.start`."""
-    if config.start is not None:
-        vae = load_vae(config.start, EMBEDDED, Options(dtype=torch.float32))
-        if not isinstance(vae, VAE):
-            raise ValueError(f"start: {config.start} holds a tiny autoencoder, which has no KL divergence to train")
-        vae.train().requires_grad_()
-        if config.freeze_encoder:
-            for part in (vae.encoder, vae.quant_conv):
-                part.requires_grad_(False)
-        return vae
-    torch.manual_seed(config.seed)
-    sizes = VAEConfig(
-        block_out_channels=config.widths,
-        layers_per_block=config.layers,
-        latent_channels=config.latent_channels,
-        norm_groups=config.groups,
-        scale=1.0,
-        force_upcast=False,
-        sample_size=config.size,
-    )
-    vae = VAE(sizes)
-    init_for_training(vae)
-    return vae
 
 
 def save_vae(vae: VAE, sizes: VAEConfig, folder: Path) -> None:

@@ -13,7 +13,7 @@ from latentdiff.checkpoints.families import EMBEDDED
 from latentdiff.checkpoints.fill import Options
 from latentdiff.checkpoints.io import load_vae
 from latentdiff.training.data import open_source
-from latentdiff.training.vae import AutoEncoder, VAETraining, crops, kl_loss, latent_scale, reconstruction_loss, to_float, train_vae
+from latentdiff.training.vae import VAETraining, crops, kl_loss, latent_scale, reconstruction_loss, to_float, train_vae
 
 
 def config(out: Path, pictures: Path, sizes: dict[str, Any], **changes: Any) -> VAETraining:
@@ -108,25 +108,6 @@ def test_the_saved_folder_loads_and_has_latents_of_unit_variance(runs: Any, pict
     assert vae.config.sample_size == runs.SIZE
 
 
-def test_a_frozen_encoder_keeps_its_latents(runs: Any, pictures: Path, vae_folder: Path, tmp_path: Path) -> None:
-    before = load_vae(vae_folder, EMBEDDED, Options())
-    trained = train_vae(config(tmp_path, pictures, runs.VAE_SIZES, start=vae_folder, freeze_encoder=True, latent_noise=0.3))
-    assert trained.config == before.config  # the scale, too
-    for (name, a), b in zip(before.state_dict().items(), trained.state_dict().values(), strict=True):
-        assert torch.equal(a, b) == name.startswith(("encoder", "quant_conv")), name
-
-
-def test_latent_noise_is_added_in_the_units_of_scaled_latents(vae_folder: Path) -> None:
-    vae = load_vae(vae_folder, EMBEDDED, Options())
-    x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, vae.config.latent_channels, 8, 8)
-    error = 0.3 * torch.randn(noise.shape)
-    with torch.no_grad():
-        y, mean, _ = AutoEncoder(vae)(x, noise, error)
-        torch.testing.assert_close(y, vae.decode(vae.encode(x) + error))
-        torch.testing.assert_close(mean, vae.moments(x)[0])
-        assert not torch.allclose(y, vae.decode(vae.encode(x)), atol=1e-3)
-
-
 def test_latent_scale_looks_at_all_of_a_small_set(vae_folder: Path) -> None:
     """One picture in five differs: a sample of the first few would not see it."""
     vae = load_vae(vae_folder, EMBEDDED, Options())
@@ -168,8 +149,6 @@ def test_diffusers_opens_what_was_trained(vae_folder: Path) -> None:
         ({"widths": (8, 8, 8, 8, 8, 8), "size": 48}, "size must be a multiple of 32 .*, got 48"),
         ({"kl": -1.0}, "kl must be at least 0, got -1.0"),
         ({"edges": float("nan")}, "edges must be at least 0, got nan"),
-        ({"latent_noise": -0.1}, "latent_noise must be at least 0, got -0.1"),
-        ({"freeze_encoder": True}, "freeze_encoder must be False where there is no start"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
     ],
 )
