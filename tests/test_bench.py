@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.bench import alone, ceilings, machine, run, subjects, timing
@@ -79,7 +80,7 @@ def test_costs_by_formula_are_torchs_count(spec):
         lambda: tower(torch.zeros(2, 77, dtype=torch.long)),
     ]
     for work in runs:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # not every release counts a CPU's own kernel
             work()
         assert flops(products(work)) == counter.get_total_flops() > 0
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution with a margin of one: the same weights and function as `nn.Conv2d`'s.
+    """`nn.Conv2d`, to be made as a 3×3 convolution with a margin of one: the same weights and function.
 
     torch's kernel for a CPU orders its weights anew at every call. On a map of 8×8 with 1280 channels that takes as long as the
     convolution itself: 48 GFLOP/s on a core of Zen 3, and 78 as a product; of 16×16, 75 and 85.
@@ -19,9 +19,6 @@ class Conv3x3(nn.Conv2d):
 
     most: ClassVar[int] = 512  # positions, over all pictures of the batch
     least: ClassVar[int] = 1 << 22  # weights
-
-    def __init__(self, channels: int, out_channels: int):
-        super().__init__(channels, out_channels, 3, padding=1)
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
         if self.is_faster_as_product(input):
@@ -35,6 +32,7 @@ class Conv3x3(nn.Conv2d):
             and x.dtype == torch.float32
             and len(x) * x.shape[-2] * x.shape[-1] <= self.most
             and self.weight.numel() >= self.least
+            and (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))  # peft makes others of its kind
             and torch.backends.cpu.get_cpu_capability() == "AVX2"
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()

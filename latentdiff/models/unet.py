@@ -100,10 +100,10 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, time_dim: int, norm_groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_groups, channels, eps)
-        self.conv1 = Conv3x3(channels, out_channels)
+        self.conv1 = Conv3x3(channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = Conv3x3(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"], shifts: Float[Tensor, "b s"]) -> Float[Tensor, "b out h w"]:
@@ -125,7 +125,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c h2 w2"]:
         """`size` is that of the next skip connection: 2h x 2w, or one less where the way down rounded up."""

@@ -24,7 +24,7 @@ def test_the_product_is_the_convolution(shape, layout):
 def test_in_float32_it_is_as_exact():
     """At a true size: to 1e-5 the same as torch's convolution, and as near to float64's."""
     torch.manual_seed(0)
-    conv = Conv3x3(1280, 1280).to(memory_format=torch.channels_last)
+    conv = Conv3x3(1280, 1280, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.randn(1, 1280, 8, 8).contiguous(memory_format=torch.channels_last)
     expected, actual = F.conv2d(x, conv.weight, conv.bias, padding=1), product(x, conv.weight, conv.bias)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -37,12 +37,12 @@ def test_only_small_maps_with_many_channels_are_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(Conv3x3, "least", 9 * 8 * 8)
     monkeypatch.setattr(Conv3x3, "most", 2 * 4 * 4)
-    conv, small = Conv3x3(8, 8), torch.randn(2, 8, 4, 4)
+    conv, small = Conv3x3(8, 8, 3, padding=1), torch.randn(2, 8, 4, 4)
     conv(small)
     assert asked == [(2, 8, 4, 4)]
     for large in (torch.randn(3, 8, 4, 4), torch.randn(1, 8, 6, 6)):
         conv(large)
-    Conv3x3(8, 7)(small)
+    Conv3x3(8, 7, 3, padding=1)(small)
     conv.bfloat16()(small.bfloat16())
     conv.float()
     with torch.enable_grad():
