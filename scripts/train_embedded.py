@@ -4,6 +4,7 @@
     python scripts/train_embedded.py RUN --preset gpu                # on one GPU
     python scripts/train_embedded.py RUN --processes 2               # two processes: one a core, or one a GPU
     python scripts/train_embedded.py RUN --weights weights           # and put the model there in the end
+    python scripts/train_embedded.py RUN --start weights             # train that model's U-Net on; its other networks stay
 
 RUN holds a folder for each stage; killed at any moment, the same command goes on. Seconds by stage are added up in RUN/times.json.
 On a CPU each of several processes is pinned to a core and runs one thread: on two cores that other work kept busy, two such
@@ -103,6 +104,7 @@ def main(
     weights: Path | None = None,
     processes: int = 1,
     stage: Stage | None = None,
+    start: Path | None = None,
 ) -> None:
     """Train the embedded model, from the drawings' packages to a folder of float16 weights.
 
@@ -122,22 +124,27 @@ def main(
         Processes that train together: as many as there are GPUs, or cores to use.
     stage
         Do this stage alone.
+    start
+        Model folder whose U-Net is trained on, on its own VAE and CLIP, in the place of new networks.
     """
     if processes < 1:
         raise SystemExit(f"--processes must be at least 1, got {processes}")
     data = data or run / "data"
-    for name in [stage] if stage else STAGES:
+    stages = STAGES if start is None else tuple(name for name in STAGES if name not in ("vae", "clip", "judge"))
+    if stage is not None and stage not in stages:
+        raise SystemExit(f"--stage must be one of {', '.join(stages)} with --start, got {stage}")
+    for name in [stage] if stage else stages:
         if name == "data":
             timed(run, name, lambda: build(data, packages))
         elif name == "weights":
             timed(run, name, lambda: assemble(run, weights))
         elif "LOCAL_RANK" in os.environ:  # one of several
             pin()
-            train(name, PRESETS[preset], run, data)
+            train(name, PRESETS[preset], run, data, start)
         elif processes == 1:
-            timed(run, name, lambda name=name: train(name, PRESETS[preset], run, data))
+            timed(run, name, lambda name=name: train(name, PRESETS[preset], run, data, start))
         else:
-            timed(run, name, lambda name=name: together(name, preset, run, data, processes))
+            timed(run, name, lambda name=name: together(name, preset, run, data, processes, start))
 
 
 def build(data: Path, packages: Path | None) -> None:
@@ -145,10 +152,10 @@ def build(data: Path, packages: Path | None) -> None:
     subprocess.run([sys.executable, script, data, *(["--packages", packages] if packages else [])], check=True)
 
 
-def together(stage: str, preset: str, run: Path, data: Path, processes: int) -> None:
+def together(stage: str, preset: str, run: Path, data: Path, processes: int, start: Path | None) -> None:
     """One stage in several processes, each of them this script again."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    again = [Path(__file__), run, "--preset", preset, "--data", data, "--stage", stage]
+    again = [Path(__file__), run, "--preset", preset, "--data", data, "--stage", stage, *(["--start", start] if start else [])]
     subprocess.run([sys.executable, *launch, *again], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -162,7 +169,7 @@ def pin() -> None:
         torch.set_num_threads(1)
 
 
-def train(stage: str, recipe: Recipe, run: Path, data: Path) -> None:
+def train(stage: str, recipe: Recipe, run: Path, data: Path, start: Path | None) -> None:
     """One of the trainings, to its end. Each has its folder, in which it resumes."""
     from latentdiff.training.clip import CLIPTraining, train_clip
     from latentdiff.training.drawings import ComposeConfig
@@ -177,7 +184,9 @@ def train(stage: str, recipe: Recipe, run: Path, data: Path) -> None:
     elif stage == "judge":
         train_clip(CLIPTraining(**{**shared, **recipe.judge, "start": run / "clip" / "model"}))
     else:
-        parts = {"vae": run / "vae" / "model", "clip": run / "judge" / "model"}
+        parts: dict[str, Path | None] = {"vae": run / "vae" / "model", "clip": run / "judge" / "model"}
+        if start is not None:
+            parts = dict.fromkeys(("vae", "clip", "start"), start)
         train_unet(UNetTraining(**{**shared, **parts, **recipe.unet}))
 
 

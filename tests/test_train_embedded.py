@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 
@@ -92,6 +93,22 @@ def test_what_is_done_is_not_done_again(recipe: ModuleType, made: Path, drawings
     assert {p: p.stat().st_mtime_ns for p in made.glob("*/step-*/*")} == before
     again = json.loads((made / "times.json").read_text())
     assert all(again[stage] >= seconds[stage] for stage in seconds)
+
+
+def test_a_finished_model_is_trained_on(recipe: ModuleType, made: Path, drawings_folder: Path, tmp_path: Path) -> None:
+    """Only its U-Net, for which the other networks stay to the last bit."""
+    weights = made.parent / "weights"
+    recipe.main(tmp_path / "run", data=drawings_folder, start=weights)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["clip-half", "unet", "weights"]
+    for part, same in (
+        ("vae/diffusion_pytorch_model", True),
+        ("text_encoder/model", True),
+        ("unet/diffusion_pytorch_model", False),
+    ):
+        then, now = (load_file(folder / f"{part}.safetensors") for folder in (weights, tmp_path / "run" / "weights"))
+        assert all(torch.equal(then[name], now[name]) for name in then) == same, part
+    with pytest.raises(SystemExit, match="--stage must be one of data, unet, weights with --start, got clip"):
+        recipe.main(tmp_path / "run", data=drawings_folder, start=weights, stage="clip")
 
 
 def test_a_model_too_large_or_too_coarse_is_not_shipped(recipe: ModuleType, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
