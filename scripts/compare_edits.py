@@ -37,8 +37,8 @@ RUNS: dict[str, list[dict[str, Any]]] = {  # method -> the points of its curve
     "img2img": [{"strength": s} for s in (0.3, 0.5, 0.7, 0.9)],
     "ddim": [{"strength": 1.0}],
     "null-text": [{"strength": 0.75, "steps": 8}],  # each of its steps costs forty of another method's
-    "edit-friendly": [{"strength": s} for s in (0.5, 0.7)],
-    "prompt-to-prompt": [{"strength": s} for s in (0.5, 0.7)],
+    "edit-friendly": [{"strength": s} for s in (0.5, 0.7, 0.9)],
+    "prompt-to-prompt": [{"strength": s} for s in (0.5, 0.7, 0.9)],
 }
 REBUILT = {"ddim": 1.0, "edit-friendly": 1.0, "null-text": 7.5}  # inversion -> the guidance at which it must hold on
 REBUILT_STEPS = 50
@@ -99,7 +99,7 @@ def main(
     todo = tasks(Drawings(drawings), n, pipe.spec.size, seed)
     workers = workers or (torch.get_num_threads() if pipe.device.type == "cpu" else 1)
     settings: dict[str, Any] = {"steps": steps, "guidance": guidance}
-    asked = {"weights": fingerprint(pipe.unet), "dtype": str(pipe.dtype), "drawings": drawings, "seed": seed, **settings}
+    asked = {"weights": fingerprint(pipe.unet, pipe.vae, pipe.text), "dtype": str(pipe.dtype), "drawings": drawings, "seed": seed, **settings}
     half_done = out / f"unfinished-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:8]}"
     points, shown = [nothing_done(pipe, scorer, todo)], {"before": [t.picture for t in todo]}
     for method, options in [(m, o) for m, several in RUNS.items() for o in several]:

@@ -46,7 +46,7 @@ class Parts:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No search for garbage: a load makes 100,000 small objects that stay, and looking through them takes a fifth of its time."""
+    """No search for garbage: a load makes many small objects that stay, and they would be looked through again and again."""
     was = gc.isenabled()
     gc.disable()
     try:
