@@ -99,7 +99,8 @@ def main(
     todo = tasks(Drawings(drawings), n, pipe.spec.size, seed)
     workers = workers or (torch.get_num_threads() if pipe.device.type == "cpu" else 1)
     settings: dict[str, Any] = {"steps": steps, "guidance": guidance}
-    asked = {"weights": fingerprint(pipe.unet, pipe.vae, pipe.text), "dtype": str(pipe.dtype), "drawings": drawings, "seed": seed, **settings}
+    weights = fingerprint(pipe.unet, pipe.vae, pipe.text)
+    asked = {"weights": weights, "dtype": str(pipe.dtype), "drawings": drawings, "seed": seed, **settings}
     half_done = out / f"unfinished-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:8]}"
     points, shown = [nothing_done(pipe, scorer, todo)], {"before": [t.picture for t in todo]}
     for method, options in [(m, o) for m, several in RUNS.items() for o in several]:
