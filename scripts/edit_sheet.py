@@ -30,7 +30,7 @@ class Edit:
 
 
 EDITS = (
-    Edit(kind="animal", source="a cat face", target="a dog face"),
+    Edit(kind="animal", source="a cat", target="a dog"),
     Edit(kind="animal", source="a cow", target="a horse"),
     Edit(kind="colour", source="a red heart", target="a green heart"),
     Edit(kind="colour", source="a blue car", target="a red car", options={"region": "car"}),

@@ -59,7 +59,7 @@ UNET_SIZES = dict(size=128, widths=(96, 160, 192), attention=(False, True, True)
 FAVOURED = dict(everyday=0.85, favourites=FAVOURITES, favour=0.65, pair=0.1, several=0.05, triple=0.02)
 FIRST = dict(  # one hand, in the middle, at one size, common ideas most often: what is drawn alike is learnt soonest
     everyday=0.95, favourites=COMMON * 3 + FAVOURITES, favour=0.85, hand="fluent-emoji-flat", handed=0.95, recolour=0.2, style=0.1,
-    pair=0.08, several=0.03, triple=0.01, mirror=0.05, scale=(0.84, 0.9), offset=0.015, white=0.55,
+    pair=0.1, several=0.03, triple=0.01, mirror=0.05, scale=(0.84, 0.9), offset=0.015, white=0.6,
 )  # fmt: skip
 BESIDE = dict(**CLIP_SIZES, batch=128, lr=5e-4, warmup=50, weight_decay=0.1, save_every=100, freeze_text=True, standardise=True)
 

@@ -40,8 +40,8 @@ def test_drawings_of_one_idea_share_a_concept(drawings_folder: Path) -> None:
 
 def test_words_of_a_concept(drawings_folder: Path) -> None:
     concepts = json.loads((drawings_folder / "index.json").read_text())["concepts"]
-    assert concepts["cat face"]["phrases"] == ["a cat face", "a cat"]
-    assert concepts["cat face"]["plurals"] == ["cat faces", "cats"]
+    assert concepts["cat face"]["phrases"] == ["a cat", "a cat face"]
+    assert concepts["cat face"]["plurals"] == ["cats", "cat faces"]
     assert concepts["one o'clock"]["phrases"] == ["a clock showing one o'clock"]
     assert concepts["automobile"]["recolour"] == {"noun": "car", "plural": "cars", "is_plural": False}
     assert [concepts[c]["mirror"] for c in ("cat face", "automobile", "right arrow", "one o'clock")] == [True, True, False, False]

@@ -115,7 +115,7 @@ class Drawings:
         return [i for i, r in enumerate(self.records) if low[i] and drawn.get(r["concept"], set()) - {r["style"]}]
 
     def concept_prompts(self) -> list[str]:
-        """What one would type for each of `concepts`: "a cat face". A few ideas share a prompt ("a sad face")."""
+        """What one would type for each of `concepts`: "a cat". A few ideas share a prompt ("a sad face")."""
         return [self.words[name]["phrases"][0] for name in self.concepts]
 
     def plain(self, index: int, size: int, scale: float = 0.88) -> np.ndarray:
@@ -283,7 +283,7 @@ class DrawingSource:
         return [record["mean"], (255 * r, 255 * g, 255 * b)]
 
     def _suffix(self, rng: Rng, parts: list[_Part], background: str) -> str:
-        said = rng.random() < (0.12 if background == "white" else 0.75)
+        said = background != "white" or rng.random() < 0.12  # what is not named is white: a prompt that names none gets a clean one
         text = f" on {_article(background)} {background} background" if said else ""
         if rng.random() < self.config.style:
             text += f", {_pick(rng, self.drawings.styles[self.drawings.records[parts[0].drawing]['style']])}"

@@ -16,14 +16,18 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.training import unet as trainer
 from latentdiff.training.data import batches, open_source
 from latentdiff.training.unet import (
+    Contexts,
     UNetTraining,
+    Whitening,
     draw_levels,
     encode_captions,
     encode_pictures,
     load_tower,
     order,
     origin,
+    rewrite,
     train_unet,
+    whitening,
 )
 from latentdiff.training.vae import to_float
 
@@ -117,6 +121,39 @@ def test_contexts_are_the_towers_and_the_last_is_of_nothing(clip_folder: Path) -
     assert not torch.equal(found.states[0], found.states[1])
 
 
+# ------------------------------------------------------------------------------------------------ whitening
+
+
+def test_white_states_vary_alike_where_they_vary_at_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(16, 16, generator=generator) * torch.logspace(1, 0, 16)  # variances from 100 down to 1
+    states = (torch.randn(40, 25, 16, generator=generator) + 1) @ mixed
+    white = whitening(Contexts(states.half()))
+    found = white.of(Contexts(states.half())).states.flatten(0, 1).float()
+    before, after = (torch.linalg.eigvalsh(x.T @ x / len(x)) for x in (states.flatten(0, 1), found))
+    assert before[-1] / before[-12] > 50
+    assert 0.3 < after[-12] < after[-1] < 1.01
+    torch.testing.assert_close(white.to @ white.back, torch.eye(16), rtol=0, atol=1e-3)
+
+
+def test_a_network_of_white_states_is_one_of_the_towers_states(config: UNetTraining) -> None:
+    """A training that changes next to nothing gives the network back that it began with."""
+    first = train_unet(changed(config, out=config.out / "first", steps=1))
+    same = train_unet(changed(config, out=config.out / "same", start=config.out / "first" / "model", steps=1, lr=1e-30))
+    for name, weight in same.state_dict().items():
+        torch.testing.assert_close(weight, first.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+    words, tower = load_tower(config.clip)
+    contexts = encode_captions(tower, words, [*PROMPTS, ""])
+    white = whitening(contexts)
+    with torch.no_grad():
+        wanted, _ = same.project_context(contexts.states.float())[0]
+        rewrite(same, white.back)
+        found, _ = same.project_context(white.of(contexts).states.float())[0]
+        other, _ = same.project_context(contexts.states.float())[0]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
+    assert (other - wanted).abs().max() > 0.1
+
+
 # ------------------------------------------------------------------------------------------------ loss
 
 
@@ -150,6 +187,7 @@ def spied(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> tuple[Spy, l
 
 @pytest.mark.parametrize("drop", [0.0, 0.25, 1.0])
 def test_captions_are_dropped_as_often_as_asked(config: UNetTraining, monkeypatch: pytest.MonkeyPatch, drop: float) -> None:
+    monkeypatch.setattr(trainer, "whitening", lambda _: Whitening(to=torch.eye(16), back=torch.eye(16)))
     config = changed(config, drop=drop, steps=100, batch=20)
     spy, _ = spied(config, monkeypatch)
     words, tower = load_tower(config.clip)
