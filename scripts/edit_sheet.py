@@ -31,16 +31,22 @@ class Edit:
 
 EDITS = (
     Edit(kind="animal", source="a cat", target="a dog"),
+    Edit(kind="animal", source="a dog", target="a bear"),
     Edit(kind="animal", source="a cow", target="a horse"),
     Edit(kind="colour", source="a red heart", target="a green heart"),
-    Edit(kind="colour", source="a blue car", target="a red car", options={"region": "car"}),
-    Edit(kind="style", source="a smiling face, flat style", target="a smiling face, 3d style"),
-    Edit(kind="background", source="a star on a white background", target="a star on a dark blue background"),
+    Edit(kind="colour", source="a red apple", target="a green apple"),
+    Edit(kind="expression", source="a smiling face", target="an angry face"),
     Edit(kind="adding", source="a smiling face", target="a smiling face with sunglasses", options={"words": "refine"}),
-    Edit(kind="removing", source="a red apple and a banana", target="a red apple"),
-    Edit(kind="inpainting", source="a cat and a dog", target="a cat and a star", box=(0.5, 0.0, 1.0, 1.0)),
-    Edit(kind="inpainting", source="a house and a car", target="a house and a sunflower", box=(0.5, 0.0, 1.0, 1.0)),
-)
+    Edit(kind="removing", source="a smiling face with sunglasses", target="a smiling face"),
+    Edit(
+        kind="background", source="a tree", target="a tree on a light blue background",
+        options={"words": "refine", "strength": 1.0},
+    ),
+    Edit(
+        kind="inpainting", source="a smiling face", target="a smiling face with sunglasses", box=(0.0, 0.1, 1.0, 0.55),
+        options={"blur": 4},
+    ),
+)  # fmt: skip
 
 
 def main(

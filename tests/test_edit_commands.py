@@ -118,7 +118,7 @@ def test_the_sheet_of_edits_has_a_row_of_each_kind(tiny_folder, tmp_path):
     module = script("edit_sheet")
     kinds = [edit.kind for edit in module.EDITS]
     assert len(kinds) >= 8
-    assert set(kinds) >= {"animal", "colour", "style", "adding", "removing", "inpainting"}
+    assert set(kinds) >= {"animal", "colour", "adding", "removing", "inpainting"}
     module.main(out=tmp_path / "sheet.png", model=str(tiny_folder), seed=3, strength=0.5, steps=2, only=[1, len(kinds)])
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     first, box = module.EDITS[0], module.EDITS[-1].box
@@ -126,10 +126,11 @@ def test_the_sheet_of_edits_has_a_row_of_each_kind(tiny_folder, tmp_path):
     before = pipe(first.source, **common)[0]
     after = pipe.edit(before, source=first.source, target=first.target, strength=0.5, **common)[0]
     assert np.array_equal(sheet[:32, :64], np.hstack([before, after]))
-    assert box == (0.5, 0.0, 1.0, 1.0)
+    assert box == (0.0, 0.1, 1.0, 0.55)
     difference = sheet[len(sheet) // 2 :][:32, 64:]
-    assert not difference[:, :16].any()
-    assert difference[:, 16:].any()
+    assert not difference[:3].any()
+    assert not difference[18:].any()
+    assert difference[3:18].any()
 
 
 @pytest.fixture
