@@ -113,7 +113,7 @@ def main(
     run
         Folder for all that is made; a run in it goes on.
     preset
-        How long: "short" is two and a half hours on two cores, about what the shipped weights had; "cpu" a night; "gpu" one GPU.
+        How long: "short" is two and a half hours on two cores, half of what the shipped weights had; "cpu" a night; "gpu" one GPU.
     data
         Built drawings (scripts/build_dataset.py); RUN/data if not given, which is then built.
     packages

@@ -122,8 +122,9 @@ class Contexts:
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """Coordinates in which the states of the text tower vary alike in all directions, [d, d] each: states @ to, and @ back.
+    """Coordinates in which the states of the text tower vary alike in all directions: states [n, length, d] @ to, and @ back.
 
+    Both are [d, d], symmetric, float32. Whitened inputs are LeCun et al.'s (Efficient BackProp, 1998, section 4.3).
     A tower that is trained for a short time tells colours apart in a few directions of great variance, and a star from a key in
     many of little: of ours, twelve of 256 hold nine tenths. Adam makes steps of one size, so that a U-Net hears the others last.
     """
@@ -132,6 +133,7 @@ class Whitening:
     back: Tensor
 
     def of(self, contexts: Contexts) -> Contexts:
+        """The same captions in these coordinates."""
         return Contexts(torch.cat([(part.float() @ self.to).half() for part in contexts.states.split(256)]))
 
 
@@ -325,7 +327,10 @@ def encode_captions(tower: TextTower, words: Tokenizer, captions: Sequence[str])
 
 
 def whitening(contexts: Contexts) -> Whitening:
-    """Of all states alike, by their second moment: what they have in common is one of the directions."""
+    """to = (M + r I)^(-1/2), back = (M + r I)^(1/2), of the states' second moment M and r = RIDGE · trace(M) / d.
+
+    The mean is not taken off: keys and values have no bias to make up for it; what all states have in common is one direction of M.
+    """
     parts = [part.flatten(0, 1).float() for part in contexts.states.split(256)]
     moment = sum((part.T @ part for part in parts), torch.zeros(())).double().cpu() / sum(map(len, parts))
     values, vectors = torch.linalg.eigh(moment)
@@ -335,7 +340,7 @@ def whitening(contexts: Contexts) -> Whitening:
 
 @torch.no_grad()
 def rewrite(unet: UNet, matrix: Tensor) -> None:
-    """Keys and values of the prompt are to be made of `states` where they were made of `states @ matrix`."""
+    """In place: keys and values of the prompt are made of states [b, n, d] as they were made of states @ matrix, matrix [d, d]."""
     for attention in (m for m in unet.modules() if isinstance(m, Attention) and m.cross):
         for layer in (attention.to_k, attention.to_v):
             layer.weight.copy_(layer.weight @ matrix.to(layer.weight.device))
