@@ -24,7 +24,9 @@ import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -405,9 +407,11 @@ def build(out: Path, *, size: int, emoji: Emoji, found: list[Icon], words: Json,
         folder.mkdir()
         drawings = np.lib.format.open_memmap(folder / "drawings.npy", "w+", np.uint8, (len(found), size, size, 4))
         records = []
-        for i, icon in enumerate(tqdm(found, desc="render", unit="drawing")):
-            drawings[i] = render(icon.svg, size)
-            records.append(record(icon, emoji.rows[icon.code], look(drawings[i])))
+        with ProcessPoolExecutor() as pool:  # one for each core
+            rendered = pool.map(partial(render, size=size), [icon.svg for icon in found], chunksize=8)
+            for i, (icon, pixels) in enumerate(zip(tqdm(found, desc="render", unit="drawing"), rendered, strict=True)):
+                drawings[i] = pixels
+                records.append(record(icon, emoji.rows[icon.code], look(pixels)))
         drawings.flush()
         names = {r["concept"] for r in records}
         concepts = {row["label"]: concept(row, words, english) for row in emoji.rows.values() if row["label"] in names}

@@ -8,7 +8,8 @@
 
 RUN holds a folder for each stage; killed at any moment, the same command goes on. Seconds by stage are added up in RUN/times.json.
 On a CPU each of several processes is pinned to a core and runs one thread: on two cores that other work kept busy, two such
-processes were much faster than one with two threads. Stages by themselves: --stage data | vae | clip | judge | unet | weights.
+processes were much faster than one with two threads. Stages by themselves: --stage data | vae | clip | judge | unet | weights;
+a large GPU has room for vae beside clip, and then for judge beside unet, each started by itself.
 """
 
 from __future__ import annotations
@@ -56,12 +57,15 @@ class Recipe:
 VAE_SIZES = dict(size=128, widths=(16, 32, 64, 128), groups=8)
 CLIP_SIZES = dict(size=128, width=256, text_layers=3, image_layers=4, heads=4, vocab=3072, length=32)
 UNET_SIZES = dict(size=128, widths=(96, 160, 192), attention=(False, True, True), head_width=32, layers=1, groups=16)
-FAVOURED = dict(everyday=0.85, favourites=FAVOURITES, favour=0.65, pair=0.1, several=0.05, triple=0.02)
 FIRST = dict(  # one hand, in the middle, at one size, common ideas most often: what is drawn alike is learnt soonest
     everyday=0.95, favourites=COMMON * 3 + FAVOURITES, favour=0.85, hand="fluent-emoji-flat", handed=0.95, recolour=0.2, style=0.1,
     pair=0.1, several=0.03, triple=0.01, mirror=0.05, scale=(0.84, 0.9), offset=0.015, white=0.6,
 )  # fmt: skip
-BESIDE = dict(**CLIP_SIZES, batch=128, lr=5e-4, warmup=50, weight_decay=0.1, save_every=100, freeze_text=True, standardise=True)
+WIDE = dict(  # all everyday ideas; what one hand did not draw is named, so that a prompt that names none gets that hand's
+    everyday=0.96, favourites=COMMON * 2 + FAVOURITES, favour=0.5, hand="fluent-emoji-flat", handed=0.7, recolour=0.25, style=0.1,
+    pair=0.15, several=0.05, triple=0.02, mirror=0.08, scale=(0.82, 0.9), offset=0.015, white=0.6,
+)  # fmt: skip
+BESIDE = dict(**CLIP_SIZES, batch=128, lr=5e-4, warmup=50, weight_decay=0.1, save_every=100, freeze_text=True)
 
 SHORT = Recipe(
     vae=dict(**VAE_SIZES, steps=3600, batch=16, crop=64, lr=1e-3, ema=0.998, warmup=100, save_every=400, compile=True),
@@ -72,8 +76,8 @@ SHORT = Recipe(
     ),
     compose=dict(
         vae=dict(everyday=0.6, white=0.4),
-        clip=dict(everyday=0.7, favourites=FAVOURITES, favour=0.4, pair=0.05, several=0.03, triple=0.01, white=0.8),
-        judge=dict(everyday=0.35, pair=0.08, several=0.04, triple=0.02),
+        clip=dict(everyday=0.6, favourites=FAVOURITES, favour=0.3, style=0.3, pair=0.08, several=0.04, triple=0.01, white=0.7),
+        judge=dict(everyday=0.5, style=0.1, pair=0.05, several=0.03, triple=0.01, white=0.7),
         unet=FIRST,
     ),
 )
@@ -82,15 +86,18 @@ CPU = Recipe(
     clip=dict(SHORT.clip, steps=4000, ema=0.998, warmup=200),
     judge=dict(SHORT.judge, steps=3000, ema=0.998),
     unet=dict(SHORT.unet, steps=16_000, batch=64, ema=0.9993, pictures=60_000, save_every=500, sample_every=1000),
-    compose=dict(SHORT.compose, unet=dict(FAVOURED, favour=0.35)),  # there is time for the others
+    compose=dict(SHORT.compose, unet=WIDE),  # there is time for the others
 )
 GPU = Recipe(
-    vae=dict(SHORT.vae, steps=20_000, batch=64, crop=None, ema=0.9995, save_every=2000, workers=12),
-    clip=dict(SHORT.clip, steps=10_000, batch=512, ema=0.999, warmup=500, save_every=1000, workers=12),
-    judge=dict(SHORT.judge, steps=5000, batch=512, ema=0.999, save_every=1000, workers=12),
-    unet=dict(SHORT.unet, steps=60_000, batch=256, ema=0.9997, pictures=400_000, save_every=5000, sample_every=5000, workers=12),
+    vae=dict(SHORT.vae, steps=3000, batch=64, crop=None, ema=0.998, save_every=1000, sample_every=1000, compile=False, workers=6),
+    clip=dict(SHORT.clip, steps=750, batch=512, warmup=50, save_every=250, workers=9),
+    judge=dict(SHORT.judge, steps=1500, batch=512, ema=0.998, save_every=500, workers=14),
+    unet=dict(
+        **UNET_SIZES, steps=15_000, batch=512, lr=1e-3, warmup=300, ema=0.9995, levels=(0.4, 1.3), pictures=300_000,
+        compile=True, workers=15, save_every=5000, sample_every=5000,
+    ),
     compose=CPU.compose,
-)
+)  # fmt: skip
 PRESETS: Mapping[str, Recipe] = {"short": SHORT, "cpu": CPU, "gpu": GPU}
 
 
@@ -184,7 +191,7 @@ def train(stage: str, recipe: Recipe, run: Path, data: Path, start: Path | None)
     elif stage == "judge":
         train_clip(CLIPTraining(**{**shared, **recipe.judge, "start": run / "clip" / "model"}))
     else:
-        parts: dict[str, Path | None] = {"vae": run / "vae" / "model", "clip": run / "judge" / "model"}
+        parts: dict[str, Path | None] = {"vae": run / "vae" / "model", "clip": run / "clip" / "model"}
         if start is not None:
             parts = dict.fromkeys(("vae", "clip", "start"), start)
         train_unet(UNetTraining(**{**shared, **parts, **recipe.unet}))
@@ -197,9 +204,9 @@ def assemble(run: Path, weights: Path | None) -> None:
     from latentdiff.checkpoints.io import load_parts
     from latentdiff.checkpoints.save import save_folder
 
-    whole, half = run / "unet" / "model", run / "weights"
+    whole, half, judge = run / "unet" / "model", run / "weights", run / "judge" / "model" / "clip"
     parts = load_parts(whole, dtype=torch.float16)
-    halve(whole / "clip", run / "clip-half")
+    halve(judge if judge.is_dir() else whole / "clip", run / "clip-half")
     save_folder(replace(parts, clip=run / "clip-half", title="embedded"), half)
     size = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
     if size > LARGEST:

@@ -40,7 +40,7 @@ def recipe() -> ModuleType:
         "cpu": module.Recipe(
             vae={**FEW, "widths": (8, 8), "groups": 4},
             clip={**FEW, **CLIP},
-            judge={**FEW, **CLIP, "freeze_text": True, "standardise": True},
+            judge={**FEW, **CLIP, "freeze_text": True},
             unet={**FEW, "widths": (8, 16), "attention": (False, True), "head_width": 8, "groups": 4, "pictures": 9},
             compose={"vae": compose, "clip": compose, "judge": compose, "unet": compose},
         )

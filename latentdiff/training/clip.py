@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,6 @@ class CLIPTraining(LoopConfig):
     """Tokens the text tower reads at once, begin and end included."""
     freeze_text: bool = False
     """Leave the text tower as it is (Zhai et al., arXiv 2111.07991): for when a U-Net already listens to it."""
-    standardise: bool = False
-    """First give the text tower's states mean 0 and variance 1 a feature. After a short training the states of all nouns are nearly
-    parallel (a mean cosine of 0.9), and a U-Net that listens to them learns colours long before things."""
     start: Path | None = None
     """Begin with the CLIP of this model folder, its sizes and its vocabulary, instead of new weights."""
 
@@ -133,22 +130,6 @@ def build_clip(config: CLIPTraining, words: Tokenizer) -> Any:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
 
 
-@torch.no_grad()
-def standardise(clip: Any, ids: Int[Tensor, "b n"]) -> None:
-    """Fold what the states [b, n, d] of these captions have in common into the final norm: each feature gets mean 0 and variance 1.
-
-    The text projection takes the scale back; it has no bias to take the mean back with, so that it wants some training afterwards.
-    """
-    norm = clip.text_model.final_layer_norm
-    heard = (ids == clip.config.text_config.eos_token_id).cumsum(1) <= 1  # up to the first end
-    heard[:, 0] = False  # the begin hears nothing: it is the same in all captions
-    states = torch.cat([clip.text_model(input_ids=part).last_hidden_state for part in ids.split(256)])[heard]
-    std, mean = torch.std_mean(states, dim=0)
-    norm.weight.div_(std)
-    norm.bias.sub_(mean).div_(std)
-    clip.text_projection.weight.mul_(std)
-
-
 def train_clip(config: CLIPTraining) -> Any:
     """Train, resume or finish a CLIP; when it stops, `out/model` holds `text_encoder/`, `tokenizer/` and `clip/`.
 
@@ -161,8 +142,6 @@ def train_clip(config: CLIPTraining) -> Any:
     source = open_source(config.data, size=config.size, compose=config.compose)
     words = _vocabulary(config, source)
     clip = build_clip(config, words) if config.start is None else load_clip(config.start).train().requires_grad_()
-    if config.standardise:
-        standardise(clip, token_ids(words, (source.get(i % len(source), 7 + i // len(source))[1] for i in range(2_000))))
     if config.freeze_text:
         clip.text_model.requires_grad_(False)  # type: ignore[union-attr]
 
@@ -175,7 +154,7 @@ def train_clip(config: CLIPTraining) -> Any:
     def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         device = next(model.parameters()).device
         ids = trim(token_ids(words, batch[1]), words.end_id)
-        images, texts, scale = model(ids.to(device), to_float(batch[0]).to(device))
+        images, texts, scale = model(ids.to(device), to_float(batch[0].to(device)))
         value = shared(images.float(), texts.float(), scale.float().clamp(max=100))
         right = (images @ texts.T).argmax(1) == torch.arange(len(images), device=device)
         return value, {"scale": scale.detach(), "top1": right.float().mean()}
@@ -186,7 +165,7 @@ def train_clip(config: CLIPTraining) -> Any:
 
 
 def _vocabulary(config: CLIPTraining, source: Any) -> Tokenizer:
-    """The vocabulary of `start`, of an earlier start of this run, or one learnt from 10,000 captions, if there are so many."""
+    """The vocabulary of `start`, of an earlier start of this run, or one learnt from the run's first 10,000 captions."""
     folder = (config.start or config.out) / "tokenizer"
     once(lambda: _learn_missing(folder, config, source))
     return tokenizer.read(folder)[0]
@@ -195,9 +174,9 @@ def _vocabulary(config: CLIPTraining, source: Any) -> Tokenizer:
 def _learn_missing(folder: Path, config: CLIPTraining, source: Any) -> None:
     if config.start or (folder / "tokenizer_config.json").is_file():  # the file that is written last
         return
-    count = min(10_000, 20 * len(source))
-    captions = Counter(source.get(i % len(source), 7 + i // len(source))[1] for i in range(count))
-    words = learn_vocabulary((c for c, n in captions.items() for _ in range(n)), config.vocab, config.length)
+    batch = min(500, len(source))
+    some = islice(batches(source, batch, seed=config.seed, workers=config.workers), 20)
+    words = learn_vocabulary((caption for _, captions in some for caption in captions), config.vocab, config.length)
     tokenizer.write(folder, words, words.end_id)
 
 

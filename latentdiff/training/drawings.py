@@ -64,7 +64,7 @@ class ComposeConfig:
     offset: float = 0.03
     """Its largest shift, in picture sides."""
     style: float = 0.15
-    """Chance that the caption names the hand."""
+    """Chance that the caption names the hand; hands other than `hand`, if that is given, are always named."""
 
     def __post_init__(self) -> None:
         for name in ("everyday", "favour", "handed", "pair", "several", "triple", "recolour", "white", "mirror", "style"):
@@ -285,8 +285,9 @@ class DrawingSource:
     def _suffix(self, rng: Rng, parts: list[_Part], background: str) -> str:
         said = background != "white" or rng.random() < 0.12  # what is not named is white: a prompt that names none gets a clean one
         text = f" on {_article(background)} {background} background" if said else ""
-        if rng.random() < self.config.style:
-            text += f", {_pick(rng, self.drawings.styles[self.drawings.records[parts[0].drawing]['style']])}"
+        hand = self.drawings.records[parts[0].drawing]["style"]
+        if rng.random() < self.config.style or self.config.hand not in ("", hand):
+            text += f", {_pick(rng, self.drawings.styles[hand])}"
         return text
 
 

@@ -30,7 +30,7 @@ from latentdiff.training.ema import EMA
 
 M = TypeVar("M", bound=nn.Module)
 Loss = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
-"""(network, batch, noise source) -> (scalar to minimise, 0-dim tensors for the log)"""
+"""(network, batch, noise source on the network's device) -> (scalar to minimise, 0-dim tensors for the log)"""
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl, and between looks at the clock
 HOPELESS = 50  # losses in a row that are not finite
@@ -139,9 +139,16 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def generator(config: LoopConfig, step: int, rank: int) -> torch.Generator:
-    """The noise source of one step on one process: a pure function of (seed, step, rank)."""
-    return torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1024 + rank)
+def generator(config: LoopConfig, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """The noise source of one step on one process, on its device: a pure function of (seed, step, rank)."""
+    return torch.Generator(device).manual_seed((config.seed * 1_000_003 + step) * 1024 + rank)
+
+
+def near(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """On a GPU, if they take at most half of its free memory, so that no step waits for them; else where they are."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    fits = device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 2
+    return [tensor.to(device) if fits else tensor for tensor in tensors]
 
 
 def fit(
@@ -231,7 +238,7 @@ class _Run:
             group["lr"] = learning_rate(self.config, self.step)
         with quick_attention(self.accelerator.device):
             with autocast(self.config.precision, self.accelerator.device):
-                value, metrics = loss(self.model, batch, generator(self.config, self.step, rank))
+                value, metrics = loss(self.model, batch, generator(self.config, self.step, rank, self.accelerator.device))
             self.accelerator.backward(value)
         norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.clip_grad)
         seen = self.accelerator.reduce(torch.stack([value.detach().float(), norm.float()]), "mean")

@@ -37,7 +37,7 @@ from latentdiff.training.checkpoint import digest
 from latentdiff.training.clip import token_ids
 from latentdiff.training.data import PictureSource, batches, open_source
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, autocast, fit, once, plain, processes
+from latentdiff.training.loop import LoopConfig, autocast, fit, near, once, plain, processes
 from latentdiff.training.vae import to_float
 
 SHARD = 1000  # pictures a file of latents
@@ -134,7 +134,9 @@ class Whitening:
 
     def of(self, contexts: Contexts) -> Contexts:
         """The same captions in these coordinates."""
-        return Contexts(torch.cat([(part.float() @ self.to).half() for part in contexts.states.split(256)]))
+        device = processes().device
+        to = self.to.to(device)
+        return Contexts(torch.cat([(part.to(device).float() @ to).half().cpu() for part in contexts.states.split(256)]))
 
 
 def train_unet(config: UNetTraining) -> UNet:
@@ -150,11 +152,13 @@ def train_unet(config: UNetTraining) -> UNet:
     source = open_source(config.data, size=config.size, compose=config.compose)
     made_from = origin(config, vae, source)
     latents = encode_pictures(vae, source, config, made_from)
+    device = next(vae.parameters()).device  # the training's own, since they were encoded
     meta = {"network": "unet", "sizes": repr(spec.unet), "prediction": config.prediction, "schedule": config.schedule, **made_from}
     meta["text"], meta["ridge"] = digest(tower.state_dict()), RIDGE
     contexts = encode_captions(tower, words, [*latents.captions, ""])
     white = whitening(contexts)
     contexts, shown = white.of(contexts), white.of(encode_captions(tower, words, [*config.prompts, ""]))
+    means, stds, said, states = near(device, latents.mean, latents.std, latents.caption, contexts.states)
     schedule = getattr(schedules, config.schedule)()
 
     unet = begin(config, spec.unet)
@@ -162,16 +166,16 @@ def train_unet(config: UNetTraining) -> UNet:
         rewrite(unet, white.back)
 
     def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-        device, n = next(model.parameters()).device, len(batch)
-        noise = torch.randn(n, *latents.mean.shape[1:], generator=generator)
-        x0 = (latents.mean[batch] + latents.std[batch] * noise) * vae.config.scale
-        eps = torch.randn(x0.shape, generator=generator)
+        n, rows = len(batch), batch.to(means.device)
+        mean, std = means[rows].to(device), stds[rows].to(device)
+        x0 = (mean + std * torch.randn(mean.shape, generator=generator, device=device)) * vae.config.scale
+        eps = torch.randn(x0.shape, generator=generator, device=device)
         t = draw_levels(config.levels, len(schedule), n, generator)
-        caption = latents.caption[batch].masked_fill(torch.rand(n, generator=generator) < config.drop, -1)
-        cond = Cond(contexts.states[caption].float().to(device))
-        weight = None if config.min_snr is None else min_snr(schedule, config.prediction, t, config.min_snr).to(device)
-        x0 = x0.to(device).contiguous(memory_format=torch.channels_last)
-        return Denoiser(model, schedule, config.prediction).loss(x0, cond, eps.to(device), t.to(device), weight), {}
+        drop = torch.rand(n, generator=generator, device=device) < config.drop
+        cond = Cond(states[said[rows].masked_fill(drop.to(said.device), -1)].to(device).float())
+        weight = None if config.min_snr is None else min_snr(schedule, config.prediction, t, config.min_snr)
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+        return Denoiser(model, schedule, config.prediction).loss(x0, cond, eps, t, weight), {}
 
     def stream(start: int, rank: int, world: int) -> Iterator[Tensor]:
         n, step = config.batch // world, start
@@ -191,11 +195,11 @@ def train_unet(config: UNetTraining) -> UNet:
 
 
 def draw_levels(levels: tuple[float, float] | None, steps: int, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
-    """n of the levels 0 … steps - 1, as `UNetTraining.levels` wants them."""
+    """n of the levels 0 … steps - 1, as `UNetTraining.levels` wants them, on the generator's device."""
     if levels is None:
-        return torch.randint(steps, (n,), generator=generator)
+        return torch.randint(steps, (n,), generator=generator, device=generator.device)
     mean, std = levels
-    share = torch.sigmoid(mean + std * torch.randn(n, generator=generator))
+    share = torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=generator.device))
     return (share * steps).long().clamp(max=steps - 1)
 
 
@@ -246,7 +250,7 @@ def load_tower(folder: Path) -> tuple[Tokenizer, TextTower]:
 def order(seed: int, n: int, start: int, count: int) -> Tensor:
     """Which of n pictures come at positions start … start+count-1 of a run: epochs, each in its own order."""
     epochs, places = np.divmod(np.arange(start, start + count), n)
-    return torch.from_numpy(np.array([_shuffled(seed, int(e), n)[p] for e, p in zip(epochs, places, strict=True)]))
+    return torch.from_numpy(np.concatenate([_shuffled(seed, int(e), n)[places[epochs == e]] for e in np.unique(epochs)]))
 
 
 @lru_cache(maxsize=2)
@@ -295,8 +299,8 @@ def encode_pictures(vae: VAE, source: PictureSource, config: UNetTraining, made_
 
 def _write_shard(path: Path, vae: VAE, images: Tensor, captions: Sequence[str], precision: str) -> None:
     device, means, stds = next(vae.parameters()).device, [], []
-    for part in images.split(50):
-        x = to_float(part).to(device).contiguous(memory_format=torch.channels_last)
+    for part in images.split(50 if device.type == "cpu" else 250):
+        x = to_float(part.to(device)).contiguous(memory_format=torch.channels_last)
         with autocast(precision, device):
             mean, logvar = vae.moments(x)
         means.append(mean.half().cpu())
@@ -331,8 +335,10 @@ def whitening(contexts: Contexts) -> Whitening:
 
     The mean is not taken off: keys and values have no bias to make up for it; what all states have in common is one direction of M.
     """
-    parts = [part.flatten(0, 1).float() for part in contexts.states.split(256)]
-    moment = sum((part.T @ part for part in parts), torch.zeros(())).double().cpu() / sum(map(len, parts))
+    device = processes().device
+    parts = (part.to(device).flatten(0, 1).float() for part in contexts.states.split(256))
+    moment = sum((part.T @ part for part in parts), torch.zeros((), device=device)).double().cpu()
+    moment /= contexts.states.shape[0] * contexts.states.shape[1]
     values, vectors = torch.linalg.eigh(moment)
     spread = (values.clamp_min(0) + RIDGE * values.mean()).sqrt()
     return Whitening(to=(vectors / spread @ vectors.T).float(), back=(vectors * spread @ vectors.T).float())

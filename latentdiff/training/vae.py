@@ -105,10 +105,10 @@ def train_vae(config: VAETraining) -> VAE:
     init_for_training(vae)
 
     def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-        images = crops(batch[0], config.crop, generator).to(next(model.parameters()).device)
+        images = crops(batch[0].to(generator.device), config.crop, generator)
         b, _, h, w = images.shape
         factor = vae.factor
-        noise = torch.randn(b, config.latent_channels, h // factor, w // factor, generator=generator).to(images.device)
+        noise = torch.randn(b, config.latent_channels, h // factor, w // factor, generator=generator, device=images.device)
         y, mean, logvar = model(images.contiguous(memory_format=torch.channels_last), noise)
         y, mean, logvar = y.float(), mean.float(), logvar.float()
         rec, kl = reconstruction_loss(images, y, config.edges), kl_loss(mean, logvar)
@@ -141,7 +141,7 @@ def crops(batch: Tensor, side: int | None, generator: torch.Generator) -> Float[
     if side is None or side >= batch.shape[-1]:
         return to_float(batch)
     room = batch.shape[-1] - side + 1
-    corners = torch.randint(room, (len(batch), 2), generator=generator).tolist()
+    corners = torch.randint(room, (len(batch), 2), generator=generator, device=generator.device).tolist()
     return to_float(torch.stack([p[:, i : i + side, j : j + side] for p, (i, j) in zip(batch, corners, strict=True)]))
 
 

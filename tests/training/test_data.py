@@ -241,6 +241,18 @@ def test_favourites_and_the_hand_that_draws_them_come_as_often_as_asked(tiny: Dr
     assert share > 0.4
 
 
+def test_hands_other_than_the_chosen_one_are_named(tiny: Drawings) -> None:
+    """So that a prompt that names none gets the chosen hand's."""
+    config = ComposeConfig(everyday=0.5, hand="noto", handed=0.5, style=0)
+    said = {True: 0, False: 0}
+    for picture in composed(tiny, config, 300):
+        style = tiny.records[picture.drawings[0]]["style"]
+        named = picture.caption.endswith(tuple(f", {name}" for name in tiny.styles[style]))
+        assert named == (style != "noto"), picture.caption
+        said[named] += 1
+    assert min(said.values()) > 30
+
+
 def test_an_unknown_favourite_or_hand_is_refused(tiny: Drawings) -> None:
     with pytest.raises(ValueError, match="favourites must be concepts of the drawings, got 'unicorn'"):
         DrawingSource(tiny, ComposeConfig(favourites=("unicorn",)), SIZE)

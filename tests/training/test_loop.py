@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.training import loop
-from latentdiff.training.loop import LoopConfig, autocast, fit, generator, learning_rate
+from latentdiff.training.loop import LoopConfig, autocast, fit, generator, learning_rate, near
 
 N = 7  # examples in an epoch, which is no multiple of the batch
 
@@ -240,9 +240,29 @@ def test_weight_decay_spares_vectors(runs: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(after["model/bias"], before["bias"], rtol=0, atol=1e-9)
 
 
+def test_what_fits_half_of_a_gpus_free_memory_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tensor:  # of 400 bytes
+        device = "cpu"
+
+        def numel(self) -> int:
+            return 100
+
+        def element_size(self) -> int:
+            return 4
+
+        def to(self, device: torch.device) -> Any:
+            return device.type
+
+    a, b = Tensor(), Tensor()
+    for free, found in ((1600, ["cuda", "cuda"]), (1598, [a, b])):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10_000))
+        assert near(torch.device("cuda"), a, b) == found  # type: ignore[arg-type]  # together or not at all
+    assert near(torch.device("cpu"), a, b) == [a, b]  # type: ignore[arg-type]
+
+
 def test_noise_depends_on_seed_step_and_rank_alone(tmp_path: Path) -> None:
     def drawn(c: LoopConfig, step: int, rank: int) -> tuple[float, ...]:
-        return tuple(torch.randn(4, generator=generator(c, step, rank)).tolist())
+        return tuple(torch.randn(4, generator=generator(c, step, rank, torch.device("cpu"))).tolist())
 
     c = config(tmp_path)
     assert drawn(c, 3, 1) == drawn(replace(c, lr=1.0, out=tmp_path / "y"), 3, 1)
