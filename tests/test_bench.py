@@ -19,7 +19,7 @@ from latentdiff.bench.timing import Comparison, compare, in_turns
 from latentdiff.bench.work import Attend, Conv, Linear, flops, products, shares
 from latentdiff.checkpoints.families import SD15, SD21, SDXL, ModelSpec
 from latentdiff.loading import embedded
-from latentdiff.models.convolution import Conv3x3
+from latentdiff.models.convolution import Conv2d
 from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
@@ -190,17 +190,21 @@ def test_ladder_tells_the_difference_of_every_rung(monkeypatch):
     parts = subjects.random_parts(tiny(SD15))
     before = {name: p.clone() for name, p in parts.unet.named_parameters()}
     found = {r.name: r.difference for r in ladder(parts.spec, parts.unet, CPU, torch.bfloat16, seconds=0.0, compiled=False)}
-    assert list(found) == ["float32", "channels-last", "bfloat16", "keys, values and time once", "best attention", "shared halves"]
+    assert list(found) == [
+        "float32", "channels-last", "bfloat16", "keys, values and time once", "best attention", "shared halves",
+        "convolutions of small maps",
+    ]  # fmt: skip
     assert found["float32"] == 0
     assert found["channels-last"] < 1e-5
     assert 1e-4 < found["bfloat16"] < 0.1
     assert found["shared halves"] == pytest.approx(found["bfloat16"], rel=0.2)
     assert all(torch.equal(p, before[name]) for name, p in parts.unet.named_parameters())
-    monkeypatch.setattr(Conv3x3, "least", 1)
-    most, found = Conv3x3.most, ladder(parts.spec, parts.unet, CPU, torch.float32, seconds=0.0, compiled=False)
-    assert [r.name for r in found][-2:] == ["shared halves", "small maps as products"]
+    for name, value in (("light", 0), ("heavy", 1)):  # all of them as products
+        monkeypatch.setattr(Conv2d, name, value)
+    found = ladder(parts.spec, parts.unet, CPU, torch.float32, seconds=0.0, compiled=False)
+    assert [r.name for r in found][-2:] == ["shared halves", "convolutions of small maps"]
     assert all(r.difference < 1e-5 for r in found)
-    assert Conv3x3.most == most
+    assert Conv2d.fast
 
 
 def test_best_kernels_are_found_for_each_product():
@@ -209,7 +213,7 @@ def test_best_kernels_are_found_for_each_product():
     kernels = ceilings.best_kernels(work, CPU, torch.float32, seconds=0.001)
     assert ceilings.ceiling(work, kernels) == pytest.approx(sum(kernels[p] * n for p, n in work.items()))
     assert min(kernels.values()) > 0
-    assert len(list(ceilings.ways(Conv((1, 8, 6, 6), 4, 3, 1, 1), CPU, torch.float32))) == 3
+    assert len(list(ceilings.ways(Conv((1, 8, 6, 6), 4, 3, 1, 1), CPU, torch.float32))) == 4
     assert ceilings.datasheet(CPU) is None
 
 

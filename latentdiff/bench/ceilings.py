@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from latentdiff.bench.timing import clocked
 from latentdiff.bench.work import Conv, Linear, Product
 from latentdiff.models.attention import blocked
+from latentdiff.models.convolution import Conv2d
 from latentdiff.models.convolution import product as as_product
 from latentdiff.models.graphs import record
 
@@ -88,6 +89,10 @@ def ways(product: Product, device: torch.device, dtype: torch.dtype) -> Iterator
         for layout in (torch.channels_last, torch.contiguous_format):
             pair = x.contiguous(memory_format=layout), w.contiguous(memory_format=layout)
             yield lambda pair=pair: F.conv2d(*pair, stride=product.stride, padding=product.padding)
+        if device.type == "cpu":
+            conv = Conv2d(w.shape[1], w.shape[0], product.kernel, product.stride, product.padding, bias=False)
+            conv = conv.requires_grad_(False).to(dtype, memory_format=torch.channels_last)  # pyright: ignore
+            yield partial(conv, x.contiguous(memory_format=torch.channels_last))
         if device.type == "cpu" and (product.kernel, product.stride, product.padding) == (3, 1, 1):
             last = w.contiguous(memory_format=torch.channels_last)
             yield lambda: as_product(x, last, None)

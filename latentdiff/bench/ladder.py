@@ -15,7 +15,7 @@ from latentdiff.bench.contestants import latents
 from latentdiff.bench.timing import Times, in_turns
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.models.attention import Site, sdpa
-from latentdiff.models.convolution import Conv3x3
+from latentdiff.models.convolution import Conv2d
 from latentdiff.models.unet import UNet
 
 
@@ -45,7 +45,7 @@ class Step:
     context: Tensor
     vector: Tensor | None
     once: bool = False  # keys and values made beforehand, and the time embedded
-    products: bool = False  # convolutions of small maps as products, where that is faster
+    small: bool = False  # convolutions of small maps in the ways that are faster there
     attend: Callable[..., Tensor] = torchs_attention
     network: Callable[..., Tensor] | None = None
 
@@ -57,15 +57,15 @@ class Step:
         if self.network is not None:
             return torch.no_grad()(partial(self.network, x, t, context, self.vector))
         run = torch.no_grad()(partial(unet, x, t, context, self.vector, attend=self.attend))
-        return run if self.products else partial(without_products, run)
+        return run if self.small else partial(plainly, run)
 
 
-def without_products(run: Callable[[], Tensor]) -> Tensor:
-    most, Conv3x3.most = Conv3x3.most, 0
+def plainly(run: Callable[[], Tensor]) -> Tensor:
+    fast, Conv2d.fast = Conv2d.fast, False
     try:
         return run()
     finally:
-        Conv3x3.most = most
+        Conv2d.fast = fast
 
 
 def inputs(unet: UNet) -> tuple[Tensor, Tensor]:
@@ -89,8 +89,8 @@ def steps(spec: ModelSpec, unet: UNet, device: torch.device, dtype: torch.dtype,
     rungs["keys, values and time once"] = Step(last, context, vector, once=True)
     rungs["best attention"] = Step(last, context, vector, once=True, attend=own_attention)
     rungs["shared halves"] = Step(last, context, vector, once=True, attend=sdpa)
-    if device.type == "cpu" and dtype == torch.float32:
-        rungs["small maps as products"] = Step(last, context, vector, once=True, attend=sdpa, products=True)
+    if device.type == "cpu":
+        rungs["convolutions of small maps"] = Step(last, context, vector, once=True, attend=sdpa, small=True)
     if compiled:
         network = torch.compile(last, fullgraph=True)
         rungs["compiled"] = Step(last, context, vector, once=True, network=network)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from latentdiff.models.convolution import Conv2d
+
 
 @dataclass(frozen=True)
 class Site:
@@ -153,9 +155,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"], prompt: list[KeysValues], attend: Attend) -> Float[Tensor, "b c h w"]:
         """`prompt` holds the keys and values of every block of the network."""

@@ -1,8 +1,10 @@
-"""Convolutions of small maps with many channels, which a CPU computes faster as one matrix product."""
+"""Convolutions of small maps, where torch's kernel for a CPU spends much of its time on ordering weights anew at every call."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import platform
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,33 +12,78 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class Conv3x3(nn.Conv2d):
-    """`nn.Conv2d`, to be made as a 3×3 convolution with a margin of one: the same weights and function.
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d`, the same weights and function, in two faster ways where a CPU infers on a small map.
 
-    torch's kernel for a CPU orders its weights anew at every call. On a map of 8×8 with 1280 channels that takes as long as the
-    convolution itself: 48 GFLOP/s on a core of Zen 3, and 78 as a product; of 16×16, 75 and 85.
+    Light weights are ordered once for each shape of the input and kept so beside themselves: the same kernel, the same bits, in
+    0.4 to 0.9 of the time on maps of 4×4 to 16×16. Heavy ones, which one would not keep twice, are multiplied as they are, in one
+    matrix product, if that is faster: with 1280 channels on 8×8, 48 GFLOP/s on a core of Zen 3 become 78.
     """
 
-    most: ClassVar[int] = 512  # positions, over all pictures of the batch
-    least: ClassVar[int] = 1 << 22  # weights
+    fast: ClassVar[bool] = True  # the benchmark's ladder stands on both rungs
+    light: ClassVar[int] = 1 << 20  # weights, at most, that are ordered once
+    packs: ClassVar[int] = 4096  # positions, over all pictures of the batch, up to which that is worth it
+    heavy: ClassVar[int] = 1 << 22  # weights, at least, for a product
+    products: ClassVar[int] = 512  # positions up to which that is faster
 
-    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
-        if self.is_faster_as_product(input):
-            return product(input, self.weight, self.bias)
+    _ordered: dict[torch.Size, tuple[Any, Tensor]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ordered = {}  # shape of the input -> (state of the weights, they in the kernel's order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ordered": {}}  # such an order can be neither copied nor stored
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h2 w2"]:
+        if self.fast and not torch.compiler.is_compiling() and input.device.type == "cpu":
+            if torch.is_grad_enabled():
+                self._ordered = {}  # what trains is not kept: a fused optimiser changes weights without counting it
+            elif self.is_faster_packed(input):
+                return self.packed(input)
+            elif self.is_faster_as_product(input):
+                return product(input, self.weight, self.bias)
         return super().forward(input)
+
+    def is_faster_packed(self, x: Tensor) -> bool:
+        """Measured in float32 and bfloat16 with AVX-512."""
+        return (
+            self.weight.numel() <= self.light
+            and len(x) * x.shape[-2] * x.shape[-1] <= self.packs
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and x.dtype == self.weight.dtype
+            and (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
+            and not (isinstance(self.padding, str) or self.weight.is_inference() or torch.is_autocast_enabled("cpu"))
+            and can_pack(x.dtype)
+            and torch.backends.mkldnn.enabled
+        )
+
+    def packed(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h2 w2"]:
+        where: Any = (self.padding, self.stride, self.dilation, self.groups)
+        state, found = (self.weight.data_ptr(), self.weight._version), self._ordered.get(x.shape)
+        if found is None or found[0] != state:
+            weight = self.weight.detach().to_mkldnn()
+            found = state, torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *where, x.shape)  # pyright: ignore
+            self._ordered = dict([*self._ordered.items()][-3:]) | {x.shape: found}
+        return torch.ops.mkldnn._convolution_pointwise(x, found[1], self.bias, *where, "none", [], "")
 
     def is_faster_as_product(self, x: Tensor) -> bool:
         """Measured in float32 with AVX2; with AVX-512, and in bfloat16, torch's products are the slower ones."""
         return (
-            x.device.type == "cpu"
-            and x.dtype == torch.float32
-            and len(x) * x.shape[-2] * x.shape[-1] <= self.most
-            and self.weight.numel() >= self.least
-            and (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))  # peft makes others of its kind
+            x.dtype == torch.float32
+            and len(x) * x.shape[-2] * x.shape[-1] <= self.products
+            and self.weight.numel() >= self.heavy
+            and (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
             and torch.backends.cpu.get_cpu_capability() == "AVX2"
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
         )
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this processor's kernels take weights in an order of their own: oneDNN's on x86."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "out c 3 3"], bias: Tensor | None) -> Float[Tensor, "b out h w"]:

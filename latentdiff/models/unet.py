@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, repeated, sdpa
-from latentdiff.models.convolution import Conv3x3
+from latentdiff.models.convolution import Conv2d
 from latentdiff.models.norm import norm_silu
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
@@ -100,11 +100,11 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, time_dim: int, norm_groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(norm_groups, channels, eps)
-        self.conv1 = Conv3x3(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps)
-        self.conv2 = Conv3x3(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"], shifts: Float[Tensor, "b s"]) -> Float[Tensor, "b out h w"]:
         y = self.conv1(norm_silu(self.norm1, x))
@@ -116,7 +116,7 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         return self.conv(x)
@@ -125,7 +125,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c h2 w2"]:
         """`size` is that of the next skip connection: 2h x 2w, or one less where the way down rounded up."""
@@ -217,7 +217,7 @@ class UNet(nn.Module):
         def transformers(i: int, n: int) -> list[Transformer]:
             return [transformer(i) for _ in range(n)] if config.attention[i] else []
 
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], time_dim, config.time_cond_dim)
         if config.vector_dim is not None:
             self.add_embedding = Embedding(config.vector_dim, time_dim)
@@ -242,7 +242,7 @@ class UNet(nn.Module):
             channels = width
 
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
         self._number_blocks()
 
     def _number_blocks(self) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentdiff.models.attention import dot_product_attention, feature_map, tokens
+from latentdiff.models.convolution import Conv2d
 from latentdiff.models.norm import norm_silu
 
 
@@ -46,10 +47,10 @@ class ResBlock(nn.Module):
     def __init__(self, config: VAEConfig, channels: int, out_channels: int):
         super().__init__()
         self.norm1 = group_norm(config, channels)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(config, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
         y = self.conv1(norm_silu(self.norm1, x))
@@ -91,7 +92,7 @@ class MidBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # the weights were trained with padding at the right and bottom only
@@ -100,7 +101,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -137,7 +138,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, n = config.block_out_channels, config.layers_per_block
         channels = widths[0]
-        self.conv_in = nn.Conv2d(config.in_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels, 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             resnets = [ResBlock(config, c, width) for c in [channels] + [width] * (n - 1)]
@@ -145,7 +146,7 @@ class Encoder(nn.Module):
             channels = width
         self.mid_block = MidBlock(config)
         self.conv_norm_out = group_norm(config, channels)
-        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b z2 h w"]:
         x = self.conv_in(x)
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths, n = config.block_out_channels, config.layers_per_block
         channels = widths[-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, channels, 3, padding=1)
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
@@ -170,7 +171,7 @@ class Decoder(nn.Module):
             self.up_blocks.append(UpBlock(resnets, [Upsample(width)] if i > 0 else []))
             channels = width
         self.conv_norm_out = group_norm(config, channels)
-        self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels, config.in_channels, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b 3 height width"]:
         x = self.mid_block(self.conv_in(z))
@@ -188,8 +189,8 @@ class VAE(nn.Module):
         z = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if config.quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(z, z, 1) if config.post_quant_conv else nn.Identity()
+        self.quant_conv = Conv2d(2 * z, 2 * z, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = Conv2d(z, z, 1) if config.post_quant_conv else nn.Identity()
 
     @property
     def factor(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from latentdiff.models.convolution import Conv2d
 from latentdiff.models.vae import check_channels
 
 
@@ -38,7 +39,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
+        convs = [Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -58,22 +59,22 @@ class Layers(nn.Module):
 
 def encoder(config: TinyVAEConfig) -> Layers:
     width = config.width
-    layers: list[nn.Module] = [nn.Conv2d(config.in_channels, width, 3, padding=1)]
+    layers: list[nn.Module] = [Conv2d(config.in_channels, width, 3, padding=1)]
     for i, blocks in enumerate(config.encoder_blocks):
         if i > 0:
-            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
+            layers.append(Conv2d(width, width, 3, stride=2, padding=1, bias=False))
         layers += [Block(width) for _ in range(blocks)]
-    return Layers([*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1)])
+    return Layers([*layers, Conv2d(width, config.latent_channels, 3, padding=1)])
 
 
 def decoder(config: TinyVAEConfig) -> Layers:
     width = config.width
-    layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
+    layers: list[nn.Module] = [Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
     for i, blocks in enumerate(config.decoder_blocks):
         if i > 0:
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+            layers += [nn.Upsample(scale_factor=2), Conv2d(width, width, 3, padding=1, bias=False)]
         layers += [Block(width) for _ in range(blocks)]
-    return Layers([*layers, nn.Conv2d(width, config.in_channels, 3, padding=1)])
+    return Layers([*layers, Conv2d(width, config.in_channels, 3, padding=1)])
 
 
 class TinyVAE(nn.Module):

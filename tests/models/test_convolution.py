@@ -1,10 +1,12 @@
-"""A convolution as a matrix product is the convolution; and it is one only where that is faster."""
+"""A convolution in a faster way is the convolution; and it is made so only where that is faster."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from latentdiff.models.convolution import Conv3x3, product
+from latentdiff.models.convolution import Conv2d, can_pack, product
 
 
 @torch.no_grad()
@@ -24,7 +26,7 @@ def test_the_product_is_the_convolution(shape, layout):
 def test_in_float32_it_is_as_exact():
     """At a true size: to 1e-5 the same as torch's convolution."""
     torch.manual_seed(0)
-    conv = Conv3x3(1280, 1280, 3, padding=1).to(memory_format=torch.channels_last)
+    conv = Conv2d(1280, 1280, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.randn(1, 1280, 8, 8).contiguous(memory_format=torch.channels_last)
     expected, actual = F.conv2d(x, conv.weight, conv.bias, padding=1), product(x, conv.weight, conv.bias)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -35,14 +37,15 @@ def test_only_small_maps_with_many_channels_are_products(monkeypatch):
     asked = []
     monkeypatch.setattr("latentdiff.models.convolution.product", lambda x, *rest: asked.append(x.shape) or x)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    monkeypatch.setattr(Conv3x3, "least", 9 * 8 * 8)
-    monkeypatch.setattr(Conv3x3, "most", 2 * 4 * 4)
-    conv, small = Conv3x3(8, 8, 3, padding=1), torch.randn(2, 8, 4, 4)
+    monkeypatch.setattr(Conv2d, "light", 0)
+    monkeypatch.setattr(Conv2d, "heavy", 9 * 8 * 8)
+    monkeypatch.setattr(Conv2d, "products", 2 * 4 * 4)
+    conv, small = Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 4, 4)
     conv(small)
     assert asked == [(2, 8, 4, 4)]
     for large in (torch.randn(3, 8, 4, 4), torch.randn(1, 8, 6, 6)):
         conv(large)
-    Conv3x3(8, 7, 3, padding=1)(small)
+    Conv2d(8, 7, 3, padding=1)(small)
     conv.bfloat16()(small.bfloat16())
     conv.float()
     with torch.enable_grad():
@@ -50,3 +53,81 @@ def test_only_small_maps_with_many_channels_are_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     conv(small)
     assert len(asked) == 1
+
+
+def maps(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def ordered(*args: int, dtype: torch.dtype = torch.float32, **kwargs: object) -> Conv2d:
+    if not can_pack(dtype):
+        pytest.skip(f"this processor orders no {dtype} weights")
+    return Conv2d(*args, **kwargs).requires_grad_(False).to(dtype, memory_format=torch.channels_last)  # type: ignore[arg-type,call-overload]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "shape"),
+    [
+        (3, 1, 1, (2, 24, 4, 4)),
+        (3, 1, 1, (1, 24, 16, 12)),
+        (3, 2, 1, (2, 24, 8, 8)),
+        (3, 2, 0, (1, 24, 9, 9)),
+        (1, 1, 0, (2, 24, 8, 8)),
+    ],
+)
+def test_weights_ordered_once_give_the_same(dtype, bias, kernel, stride, padding, shape):
+    torch.manual_seed(0)
+    conv = ordered(24, 40, kernel, stride=stride, padding=padding, bias=bias, dtype=dtype)
+    x = maps(*shape, dtype=dtype)
+    expected = F.conv2d(x, conv.weight, conv.bias, stride, padding)
+    for _ in range(2):
+        actual = conv(x)
+        assert list(conv._ordered) == [x.shape]
+        assert actual.stride() == expected.stride()
+        torch.testing.assert_close(actual, expected, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6)
+
+
+@torch.no_grad()
+def test_weights_that_change_are_ordered_anew():
+    conv, x = ordered(8, 8, 3, padding=1), maps(1, 8, 4, 4)
+    plain = lambda: F.conv2d(x, conv.weight, conv.bias, padding=1)  # noqa: E731
+    conv(x)
+    for change in (
+        lambda: conv.weight.mul_(2),
+        lambda: conv.load_state_dict({"weight": torch.ones(8, 8, 3, 3), "bias": torch.zeros(8)}),
+        lambda: setattr(conv.weight, "data", torch.randn(8, 8, 3, 3).contiguous(memory_format=torch.channels_last)),
+        lambda: torch._foreach_lerp_([conv.weight], [torch.zeros(8, 8, 3, 3)], 0.5),  # as EMA does  # type: ignore[attr-defined]
+    ):
+        change()
+        torch.testing.assert_close(conv(x), plain())
+
+
+def test_training_between_is_seen():
+    """A fused optimiser leaves no trace in the weights' version, so that whatever was kept is dropped in training."""
+    conv, x = ordered(8, 8, 3, padding=1), maps(1, 8, 4, 4)
+    with torch.no_grad():
+        conv(x)
+    conv.requires_grad_()
+    optimizer = torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+    conv(x).square().mean().backward()
+    optimizer.step()
+    conv.requires_grad_(False)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
+
+
+@torch.no_grad()
+def test_what_is_kept_is_little_and_is_not_copied():
+    conv = ordered(8, 8, 3, padding=1)
+    for side in range(4, 12):
+        conv(maps(1, 8, side, side))
+    assert [shape[-1] for shape in conv._ordered] == [8, 9, 10, 11]
+    twin, x = copy.deepcopy(conv), maps(1, 8, 8, 8)
+    assert not twin._ordered
+    assert torch.equal(twin(x), conv(x))
+    assert list(conv.state_dict()) == ["weight", "bias"]
+    conv(maps(1, 8, 65, 64))  # too large
+    assert [shape[-1] for shape in conv._ordered] == [8, 9, 10, 11]
