@@ -35,6 +35,8 @@ EDITS = (
     Edit(kind="animal", source="a cow", target="a horse"),
     Edit(kind="colour", source="a red heart", target="a green heart"),
     Edit(kind="colour", source="a red apple", target="a green apple"),
+    Edit(kind="style", source="a red apple", target="a red apple, 3d style", options={"words": "refine", "strength": 0.8}),
+    Edit(kind="style", source="a house", target="a house, cartoon style", options={"words": "refine", "strength": 0.9}),
     Edit(kind="expression", source="a smiling face", target="an angry face"),
     Edit(kind="adding", source="a smiling face", target="a smiling face with sunglasses", options={"words": "refine"}),
     Edit(kind="removing", source="a smiling face with sunglasses", target="a smiling face"),
