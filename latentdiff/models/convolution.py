@@ -55,7 +55,7 @@ class Conv2d(nn.Conv2d):
             and (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
             and not (isinstance(self.padding, str) or self.weight.is_inference() or torch.is_autocast_enabled("cpu"))
             and can_pack(x.dtype)
-            and torch.backends.mkldnn.enabled
+            and bool(torch.backends.mkldnn.enabled)
         )
 
     def packed(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h2 w2"]:
