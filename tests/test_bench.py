@@ -221,11 +221,13 @@ def test_memory_is_the_peak_of_the_run():
     def run() -> None:
         torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
 
-    before = machine.peak_memory(lambda: None, CPU)
-    after = machine.peak_memory(run, CPU)
-    if before is None or after is None:
-        pytest.skip("no /proc here")
-    assert 50 << 20 < after - before < 100 << 20
+    found = []
+    for _ in range(3):  # what other tests left may be freed between the two
+        before, after = machine.peak_memory(lambda: None, CPU), machine.peak_memory(run, CPU)
+        if before is None or after is None:
+            pytest.skip("no /proc here")
+        found.append(after - before)
+    assert any(50 << 20 < more < 100 << 20 for more in found), found
 
 
 def test_a_report_from_end_to_end(tmp_path: Path, monkeypatch):

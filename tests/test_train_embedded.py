@@ -149,7 +149,8 @@ def test_presets_are_valid_and_of_one_architecture(recipe: ModuleType, preset: s
     sizes_of = {"vae": recipe.VAE_SIZES, "clip": recipe.CLIP_SIZES, "judge": recipe.CLIP_SIZES, "unet": recipe.UNET_SIZES}
     for stage, sizes in sizes_of.items():
         assert sizes.items() <= getattr(chosen, stage).items()
-        assert getattr(chosen, stage)["steps"] >= getattr(short, stage)["steps"]
+        seen, least = (which["steps"] * which["batch"] for which in (getattr(chosen, stage), getattr(short, stage)))
+        assert seen >= least
 
 
 def test_favourites_are_a_list_of_distinct_names(recipe: ModuleType) -> None:
