@@ -120,7 +120,7 @@ def main(
     run
         Folder for all that is made; a run in it goes on.
     preset
-        How long: "short" is two and a half hours on two cores, half of what the shipped weights had; "cpu" a night; "gpu" one GPU.
+        How long: "short" is two and a half hours on two cores, "cpu" a night, "gpu" is for one large GPU.
     data
         Built drawings (scripts/build_dataset.py); RUN/data if not given, which is then built.
     packages
