@@ -89,7 +89,8 @@ def can_pack(dtype: torch.dtype) -> bool:
     """Whether kernels here take weights in an order of their own: oneDNN's on x86, if this torch has its (private) operators."""
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    if not hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight") or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    orders = hasattr(getattr(torch._C, "_nn", None), "mkldnn_reorder_conv2d_weight")
+    if not (orders and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
