@@ -14,9 +14,10 @@ from latentdiff.checkpoints.families import Prediction
 from latentdiff.checkpoints.io import Parts, load_parts
 from latentdiff.conditioning import TextEncoder
 from latentdiff.diffusion.denoiser import Network
+from latentdiff.models.attention import Attention
 from latentdiff.models.caching import Cached
 from latentdiff.models.float8 import quantise
-from latentdiff.models.graphs import Graphed
+from latentdiff.models.graphs import Graphed, GraphedDecoder
 from latentdiff.models.narrow import Width, narrow
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
@@ -90,6 +91,9 @@ def ready(
         quantise(unet)
     if weights is not None:
         narrow(unet, weights)
+    if device.type == "cuda" and not float8:
+        for attention in (m for m in unet.modules() if isinstance(m, Attention) and not m.cross):
+            attention.join()
     if compile:
         vae.decoder.compile(**compile_options(device))
     return Pipeline(
@@ -99,6 +103,7 @@ def ready(
         spec=parts.spec,
         title=parts.title,
         network=Cached(unet, cache) if cache > 1 else network(unet, compile),
+        decoder=GraphedDecoder(vae.decode) if device.type == "cuda" else None,
     )
 
 

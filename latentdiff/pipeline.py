@@ -86,7 +86,8 @@ class Pipeline:
     text: TextEncoder
     spec: ModelSpec
     title: str
-    network: Network | None = None  # what runs in the loop in the U-Net's place: the U-Net compiled
+    network: Network | None = None  # what runs in the loop in the U-Net's place: the U-Net compiled, recorded
+    decoder: Callable[[Tensor], Tensor] | None = None  # the same for the VAE's `decode`
 
     @cached_property
     def schedule(self) -> schedules.NoiseSchedule:
@@ -487,7 +488,8 @@ class Pipeline:
         """Pictures in about [-1, 1] of scaled latents, float32."""
 
         def run(vae: VAE | TinyVAE) -> Tensor:
-            return memory.whole_or_tiled(lambda part: vae.decode(part).float(), z.to(next(vae.parameters()).dtype))
+            decode = self.decoder if self.decoder is not None and vae is self.vae else vae.decode
+            return memory.whole_or_tiled(lambda part: decode(part).float(), z.to(next(vae.parameters()).dtype))
 
         return sound("VAE", self.vae, run, finite)
 

@@ -21,8 +21,8 @@ from latentdiff.diffusion.rules import cfg, rescale
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.loading import best_dtype, multiplies_bfloat16, ready
 from latentdiff.models.caching import Cached
+from latentdiff.models.fused import norm_silu
 from latentdiff.models.graphs import Graphed
-from latentdiff.models.norm import norm_silu
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import in_float32
 

@@ -6,6 +6,7 @@ Whoever wants to look at or change attention (prompt-to-prompt, a faster kernel)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentdiff.models.convolution import Conv2d
+from latentdiff.models.fused import add_layer_norm, geglu, group_norm, layer_norm
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,21 @@ def sdpa(
 
 
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own, but for bfloat16 over many keys on a CPU, where torch's is slow: 1.4 to 1.7 times the time of `blocked`."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] >= 512 and not torch.is_grad_enabled():
+    """torch's own, but where that is slow.
+
+    It is so in bfloat16 over many keys on a CPU (1.4 to 1.7 times the time of `blocked`), and on a GPU with a head as wide as the
+    VAE's, which its fast kernels do not take: 150 of an H200's 800 TFLOP/s.
+    """
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    on_gpu = q.is_cuda and q.dtype.itemsize == 2 and q.shape[-1] > 256
+    if (on_cpu or on_gpu) and k.shape[-2] >= 512 and not torch.is_grad_enabled():
         return blocked(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
 @torch.library.custom_op("latentdiff::blocked", mutates_args=())
 def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same in three products a block of rows, small enough that its scores stay in the processor's cache.
+    """The same in three products a block of rows; on a CPU so small that its scores stay in the processor's cache.
 
     Scores are stored in 16 bits, so a rough maximum c of each row (over 128 keys) is taken off inside the product, where sums
     are still float32: q·k − c = [q, −c] · [k, 1]. What counts, near the maximum, is then small and keeps its digits.
@@ -54,9 +62,11 @@ def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (b, h, n, d), m = q.shape, k.shape[-2]
     c = (q @ k[:, :, :: m // 128].mT).amax(-1, keepdim=True)
     q, k = torch.cat([q, -c], -1), torch.cat([k, torch.ones_like(k[..., :1])], -1)
+    if q.is_cuda:  # its fast products want widths that eight divides
+        q, k = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k))
     v = F.pad(v, (0, -d % 16))  # whole vector registers
     out = q.new_empty(b, n, h, d)
-    rows = max(16, 2**19 * torch.get_num_threads() // m)
+    rows = max(16, (2**27 if q.is_cuda else 2**19 * torch.get_num_threads()) // m)
     for i, j, r in ((i, j, r) for i in range(b) for j in range(h) for r in range(0, n, rows)):
         scores = torch.addmm(q.new_empty(()), q[i, j, r : r + rows], k[i, j].mT, beta=0, alpha=d**-0.5)
         out[i, r : r + rows, j] = (scores.softmax(-1) @ v[i, j])[:, :d]
@@ -87,6 +97,32 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self._joined: tuple[Tensor, ...] | None = None
+
+    def join(self) -> None:
+        """Lay the weights of queries, keys and values side by side, so that one product makes all three of the same tokens.
+
+        The layers' own become views of them: nothing is kept twice, and what is written into one is heard.
+        """
+        layers = (self.to_q, self.to_k, self.to_v)
+        joined = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, weight in zip(layers, joined.chunk(3), strict=True):
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        self._joined = joined, self.to_q.weight, self.to_k.weight, self.to_v.weight
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._joined = None  # to another dtype or device they go one by one
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_joined": None}  # and so do copies
+
+    def joined(self) -> Tensor | None:
+        """The weights side by side, if they are those of the layers, and nobody wants to hear from a layer by itself."""
+        if self._joined is None or self.to_q._forward_hooks or self.to_k._forward_hooks or self.to_v._forward_hooks:
+            return None
+        whole, q, k, v = self._joined
+        return whole if q is self.to_q.weight and k is self.to_k.weight and v is self.to_v.weight else None
 
     def split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -94,10 +130,19 @@ class Attention(nn.Module):
     def keys_values(self, x: Float[Tensor, "b m c"]) -> KeysValues:
         return self.split(self.to_k(x)), self.split(self.to_v(x))
 
+    def to_itself(self, x: Float[Tensor, "b n c"], attend: Attend) -> Float[Tensor, "b n c"]:
+        """Attention of the tokens to themselves."""
+        whole = self.joined()
+        if whole is not None:
+            q, k, v = (self.split(part) for part in F.linear(x, whole).chunk(3, -1))
+            return self.mixed(q, k, v, attend)
+        return self(x, self.keys_values(x), attend)
+
     def forward(self, x: Float[Tensor, "b n c"], keys_values: KeysValues, attend: Attend) -> Float[Tensor, "b n c"]:
-        k, v = keys_values
-        x = attend(self.split(self.to_q(x)), k, v, self.site)  # [b, h, n, d]
-        return self.to_out(x.transpose(1, 2).flatten(2))  #      [b, n, c]
+        return self.mixed(self.split(self.to_q(x)), *keys_values, attend)
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Float[Tensor, "b n c"]:
+        return self.to_out(attend(q, k, v, self.site).transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -108,8 +153,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n hidden"]:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -135,11 +179,12 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Float[Tensor, "b n c"], prompt: KeysValues, attend: Attend) -> Float[Tensor, "b n c"]:
-        y = self.norm1(x)
-        x = x + self.attn1(y, self.attn1.keys_values(y), attend)
-        x = repeated(x, len(prompt[0]))  # one picture may have several prompts: guidance's two
-        x = x + self.attn2(self.norm2(x), prompt, attend)
-        return x + self.ff(self.norm3(x))
+        y = layer_norm(self.norm1, x)
+        x, y = add_layer_norm(self.norm2, x, self.attn1.to_itself(y, attend))
+        n = len(prompt[0])
+        x, y = repeated(x, n), repeated(y, n)  # one picture may have several prompts: guidance's two
+        x, y = add_layer_norm(self.norm3, x, self.attn2(y, prompt, attend))
+        return x + self.ff(y)
 
 
 class Transformer(nn.Module):
@@ -161,7 +206,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"], prompt: list[KeysValues], attend: Attend) -> Float[Tensor, "b c h w"]:
         """`prompt` holds the keys and values of every block of the network."""
-        y = self.norm(x)
+        y = group_norm(self.norm, x)
         y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))  # [b, hw, c]
         for i, block in enumerate(self.transformer_blocks, self.first):
             y = block(y, prompt[i], attend)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.models.attention import KeysValues, sdpa
-from latentdiff.models.norm import norm_silu
+from latentdiff.models.fused import norm_silu
 from latentdiff.models.unet import UNet, concatenate
 
 

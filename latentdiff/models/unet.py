@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, repeated, sdpa
 from latentdiff.models.convolution import Conv2d
-from latentdiff.models.norm import norm_silu
+from latentdiff.models.fused import conv_add, conv_norm_silu, enlarge, norm_silu
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """(features [b, c, h, w], skip connection [b, d, h, w], number of the up block) -> [b, c + d, h, w]"""
@@ -107,10 +107,9 @@ class ResBlock(nn.Module):
         self.conv_shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"], shifts: Float[Tensor, "b s"]) -> Float[Tensor, "b out h w"]:
-        y = self.conv1(norm_silu(self.norm1, x))
-        y = y + shifts[: len(x), self.place, None, None]
-        y = self.conv2(norm_silu(self.norm2, y))
-        return self.conv_shortcut(x) + y
+        y = norm_silu(self.norm1, x)
+        y = conv_norm_silu(self.conv1, self.norm2, y, shifts[: len(x), self.place])
+        return conv_add(self.conv2, y, self.conv_shortcut(x))
 
 
 class Downsample(nn.Module):
@@ -129,7 +128,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c h2 w2"]:
         """`size` is that of the next skip connection: 2h x 2w, or one less where the way down rounded up."""
-        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+        return self.conv(enlarge(x, size))
 
 
 class DownBlock(nn.Module):

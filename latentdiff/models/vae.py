@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentdiff.models.attention import dot_product_attention, feature_map, tokens
 from latentdiff.models.convolution import Conv2d
-from latentdiff.models.norm import norm_silu
+from latentdiff.models.fused import conv_add, conv_norm_silu, enlarge, group_norm, norm_silu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +39,22 @@ class VAEConfig:
             )
 
 
-def group_norm(config: VAEConfig, channels: int) -> nn.GroupNorm:
+def new_norm(config: VAEConfig, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
     def __init__(self, config: VAEConfig, channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = group_norm(config, channels)
+        self.norm1 = new_norm(config, channels)
         self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(config, out_channels)
+        self.norm2 = new_norm(config, out_channels)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
-        y = self.conv1(norm_silu(self.norm1, x))
-        y = self.conv2(norm_silu(self.norm2, y))
-        return self.conv_shortcut(x) + y
+        y = conv_norm_silu(self.conv1, self.norm2, norm_silu(self.norm1, x))
+        return conv_add(self.conv2, y, self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -63,14 +62,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
-        self.group_norm = group_norm(config, channels)
+        self.group_norm = new_norm(config, channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        y = tokens(self.group_norm(x))[:, None]  #                                    [b, 1, hw, c]
+        y = tokens(group_norm(self.group_norm, x))[:, None]  #                        [b, 1, hw, c]
         y = dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
         return x + feature_map(self.to_out(y)[:, 0], *x.shape[-2:])  #                [b, c, h, w]
 
@@ -104,7 +103,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(enlarge(x, (2 * x.shape[-2], 2 * x.shape[-1])))
 
 
 class DownBlock(nn.Module):
@@ -145,7 +144,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(DownBlock(resnets, [Downsample(width)] if i < len(widths) - 1 else []))
             channels = width
         self.mid_block = MidBlock(config)
-        self.conv_norm_out = group_norm(config, channels)
+        self.conv_norm_out = new_norm(config, channels)
         self.conv_out = Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b z2 h w"]:
@@ -170,7 +169,7 @@ class Decoder(nn.Module):
             resnets = [ResBlock(config, c, width) for c in [channels] + [width] * n]
             self.up_blocks.append(UpBlock(resnets, [Upsample(width)] if i > 0 else []))
             channels = width
-        self.conv_norm_out = group_norm(config, channels)
+        self.conv_norm_out = new_norm(config, channels)
         self.conv_out = Conv2d(channels, config.in_channels, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b 3 height width"]:

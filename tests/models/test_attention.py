@@ -1,10 +1,12 @@
 """The attention function and its layout in memory."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from latentdiff.models.attention import Attention, Site, blocked, feature_map, sdpa, tokens
+from latentdiff.models.attention import Attention, Site, blocked, dot_product_attention, feature_map, sdpa, tokens
 
 
 def test_sdpa_is_the_formula():
@@ -66,3 +68,71 @@ def test_blocked_stays_away_from_training_and_from_float32():
     with torch.no_grad():
         x = torch.randn(1, 1, 600, 16)
         assert torch.equal(sdpa(x, x, x, Site("anywhere", cross=False)), F.scaled_dot_product_attention(x, x, x))
+
+
+def joined_attention() -> Attention:
+    torch.manual_seed(0)
+    attention = Attention(16, 2).requires_grad_(False)
+    attention.site = Site("here", False)
+    return attention
+
+
+@torch.no_grad()
+def test_one_product_makes_queries_keys_and_values():
+    attention, x = joined_attention(), torch.randn(2, 5, 16)
+    expected, names = attention.to_itself(x, sdpa), list(attention.state_dict())
+    weights = [w.clone() for w in attention.parameters()]
+    attention.join()
+    assert attention.joined() is not None
+    torch.testing.assert_close(attention.to_itself(x, sdpa), expected, rtol=1e-5, atol=1e-6)
+    assert list(attention.state_dict()) == names
+    assert all(torch.equal(a, b) for a, b in zip(attention.parameters(), weights, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["to_q", "to_k", "to_v"])
+@pytest.mark.parametrize("change", ["in place", "other", "state", "hook", "copy", "dtype"])
+def test_a_changed_layer_is_heard_by_the_one_product(layer, change):
+    """The plain attention, changed alike, is the oracle."""
+    attention, plain, x = joined_attention(), joined_attention(), torch.randn(2, 5, 16)
+    attention.join()
+    new = torch.randn(16, 16)
+    for a in (attention, plain):
+        own = getattr(a, layer)
+        if change == "in place":
+            own.weight.mul_(new)  # through the parameter, a view of what is joined
+        elif change == "other":
+            own.weight = torch.nn.Parameter(new, requires_grad=False)
+        elif change == "state":
+            a.load_state_dict(a.state_dict() | {f"{layer}.weight": new}, assign=True)
+        elif change == "hook":
+            own.register_forward_hook(lambda _layer, inputs, out: out + inputs[0] @ new)
+        elif change == "dtype":
+            a.double()
+            own.weight.mul_(new)
+            a.float()
+    if change == "copy":
+        attention, plain = copy.deepcopy(attention), copy.deepcopy(plain)
+        for a in (attention, plain):
+            getattr(a, layer).weight.mul_(new)
+    torch.testing.assert_close(attention.to_itself(x, sdpa), plain.to_itself(x, sdpa), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_product_compiles_whole():
+    attention, x = joined_attention(), torch.randn(2, 5, 16)
+    attention.join()
+    compiled = torch.compile(lambda x: attention.to_itself(x, sdpa), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), attention.to_itself(x, sdpa))
+    attention.to_k.weight = torch.nn.Parameter(torch.randn(16, 16), requires_grad=False)
+    torch.testing.assert_close(compiled(x), attention.to_itself(x, sdpa), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_wide_heads_on_a_gpu_are_no_further_from_exact_than_torchs():
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(1, 1, n, 512, device="cuda", dtype=torch.bfloat16) for n in (700, 1024, 1024))
+    exact = torch.softmax(q.double() @ k.double().mT * 512**-0.5, -1) @ v.double()
+    ours, torchs = dot_product_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert (ours - exact).square().mean() <= 2 * (torchs - exact).square().mean()

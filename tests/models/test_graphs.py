@@ -8,7 +8,7 @@ import torch
 
 from latentdiff.models import graphs
 from latentdiff.models.attention import sdpa
-from latentdiff.models.graphs import Graphed
+from latentdiff.models.graphs import Graphed, GraphedDecoder
 from latentdiff.models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
@@ -135,3 +135,25 @@ def test_a_cuda_graph_gives_what_the_network_gives(unet):
         x, t, prompt, vector = inputs(unet, seed)
         call = x.cuda(), t.cuda(), [(k.cuda(), v.cuda()) for k, v in prompt], vector.cuda()
         torch.testing.assert_close(graphed(*call), on_gpu(*call), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_decoder_is_recorded_for_each_shape_but_not_for_large_ones(monkeypatch):
+    made = []
+
+    def record(run):
+        made.append(run)
+        out = run()
+        return (lambda: out.copy_(run())), out
+
+    decoder = GraphedDecoder(lambda z: 2 * z.repeat_interleave(2, -1), record)
+    latents = [torch.randn(1, 4, size, size) for size in (8, 4, 8, 4)]
+    results = [decoder(z) for z in latents]
+    for z, result in zip(latents, results, strict=True):
+        assert torch.equal(result, 2 * z.repeat_interleave(2, -1))
+    assert len(made) == 2
+    monkeypatch.setattr(GraphedDecoder, "largest", 15)
+    assert torch.equal(decoder(latents[1]), results[1])
+    assert len(made) == 2
+    with torch.enable_grad():
+        assert decoder(latents[1].requires_grad_()).requires_grad

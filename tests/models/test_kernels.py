@@ -3,43 +3,127 @@
 import os
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+KERNELS = ("group_norm", "layer_norm", "geglu", "add_", "double")
 SHAPES = [(1, 32, 4, 4, 8), (2, 320, 9, 7, 32), (1, 96, 16, 16, 16), (3, 24, 1, 5, 4), (1, 64, 40, 40, 32), (2, 960, 8, 8, 32)]
 
 
 def check(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    from latentdiff.models.kernels import group_norm_silu
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device)
 
-    for batch, channels, height, width, groups in SHAPES:
-        torch.manual_seed(0)
-        x = 3 * torch.randn(batch, channels, height, width, device=device) + 5 * torch.randn(channels, 1, 1, device=device)
-        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        weight, bias = torch.randn(channels, device=device).to(dtype), torch.randn(channels, device=device).to(dtype)
-        exact = F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5))
-        actual = group_norm_silu(x, groups, weight, bias, 1e-5)
+    def close(actual: torch.Tensor, exact: torch.Tensor) -> None:
         assert actual.dtype == dtype
-        assert actual.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=tolerance)
-        far = (x + 1000).to(dtype)  # a mean a hundred times the spread takes no digits of the variance
+
+    from latentdiff.models import kernels
+
+    torch.manual_seed(0)
+    for batch, channels, height, width, groups in SHAPES:
+        x = 3 * random(batch, channels, height, width) + 5 * random(channels, 1, 1)
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        weight, bias, added = (random(channels).to(dtype) for _ in range(3))
+        moved = random(batch, 3 * channels).to(dtype)[:, channels : 2 * channels]  # one of several, side by side
+        for silu, extra in ((False, {}), (True, {}), (True, {"added": added}), (True, {"added": added, "moved": moved})):
+            total = x.double() + sum(e.double().reshape(-1, channels, 1, 1) for e in extra.values())
+            exact = F.group_norm(total, groups, weight.double(), bias.double(), 1e-5)
+            actual = kernels.group_norm(x, groups, weight, bias, 1e-5, silu=silu, **extra)
+            close(actual, F.silu(exact) if silu else exact)
+            assert actual.is_contiguous(memory_format=torch.channels_last)
         if dtype == torch.float32:
+            far = x + 1000  # a mean a hundred times the spread takes no digits of the variance
             exact = F.silu(F.group_norm(far.double(), groups, weight.double(), bias.double(), 1e-5))
-            torch.testing.assert_close(group_norm_silu(far, groups, weight, bias, 1e-5).double(), exact, rtol=1e-3, atol=1e-3)
+            actual = kernels.group_norm(far, groups, weight, bias, 1e-5, silu=True)
+            torch.testing.assert_close(actual.double(), exact, rtol=1e-3, atol=1e-3)
+        other = torch.randn_like(x)
+        close(kernels.add_(x.clone(), bias, other), x.double() + bias.double()[:, None, None] + other.double())
+        close(kernels.add_(x.clone(), bias), x.double() + bias.double()[:, None, None])
+        doubled = kernels.double(x)
+        assert torch.equal(doubled, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert doubled.is_contiguous(memory_format=torch.channels_last)
+    for shape in ((2, 7, 320), (1, 3, 40), (1, 130, 64), (5, 1280)):
+        x, other = (3 * random(*shape).to(dtype) for _ in range(2))
+        weight, bias = random(shape[-1]).to(dtype), random(shape[-1]).to(dtype)
+        for given in (None, other):
+            total, y = kernels.layer_norm(x, weight, bias, 1e-5, given)
+            exact = x.double() if given is None else x.double() + given.double()
+            close(total, exact)
+            close(y, F.layer_norm(exact, shape[-1:], weight.double(), bias.double(), 1e-5))
+        value, gate = x.double().chunk(2, -1)
+        close(kernels.geglu(x), value * F.gelu(gate))
 
 
-def test_group_norm_silu_under_the_interpreter():
+@torch.no_grad()
+def check_networks(device: str) -> None:
+    """All kernels at their places in a U-Net and a VAE, against the networks without them; `fuses` is told to say yes."""
+    from latentdiff.models import fused
+    from latentdiff.models.unet import UNet, UNetConfig
+    from latentdiff.models.vae import VAE, VAEConfig
+
+    torch.manual_seed(0)
+    sizes = dict(block_out_channels=(32, 64), attention=(True, True), transformer_layers=(1, 2), heads=(2, 4), context_dim=16)
+    unet = UNet(UNetConfig(**sizes, layers_per_block=1, sample_size=8)).to(device)
+    linear = UNet(UNetConfig(**sizes, layers_per_block=1, sample_size=8, linear_projection=True)).to(device)
+    vae = VAE(VAEConfig(block_out_channels=(32, 64), layers_per_block=1)).to(device)
+    for module in (unet, linear, vae):
+        module.to(memory_format=torch.channels_last)
+        for weight in module.parameters():  # biases too
+            weight.normal_(0.0, 0.05).add_(weight.ndim == 1)
+    x = torch.randn(2, 4, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(1, 3, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
+    t, context = torch.tensor([3.0, 700.0], device=device), torch.randn(2, 5, 16, device=device)
+
+    def run() -> list[torch.Tensor]:
+        return [unet(x, t, context), linear(x, t, context), vae.decode(x), *vae.moments(images)]
+
+    calls = Counter()
+
+    def counted() -> Any:
+        from latentdiff.models import kernels
+
+        return SimpleNamespace(**{n: partial(count, n, getattr(kernels, n)) for n in KERNELS})
+
+    def count(name: str, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return kernel(*args, **kwargs)
+
+    says, imported = fused.fuses, fused.kernels
+    try:
+        fused.fuses = lambda x: False
+        expected = run()
+        fused.fuses, fused.kernels = lambda x: True, counted
+        actual = run()
+    finally:
+        fused.fuses, fused.kernels = says, imported
+    assert set(calls) == set(KERNELS), calls
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def test_kernels_under_the_interpreter():
     """In a process of its own: Triton decides at its import whether it interprets."""
     pytest.importorskip("triton")
     code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import torch, test_kernels as t; "
-    code += "t.check('cpu', torch.float32, 1e-5); t.check('cpu', torch.bfloat16, 1e-2)"
+    code += "t.check('cpu', torch.float32, 1e-5); t.check('cpu', torch.bfloat16, 2e-2); t.check_networks('cpu')"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-def test_group_norm_silu_on_a_gpu(dtype, tolerance):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_kernels_on_a_gpu(dtype, tolerance):
     check("cuda", dtype, tolerance)
+
+
+@pytest.mark.gpu
+def test_networks_with_kernels_on_a_gpu():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # products have none by default
+        check_networks("cuda")
