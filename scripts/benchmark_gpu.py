@@ -3,9 +3,10 @@
     python scripts/benchmark_gpu.py --out bench-h100
 
 It is `latentdiff bench` with settings for a GPU in the place of those that are not given, and both run on a CPU too. To compile
-takes most of an hour; in parts, and first without:
+takes most of an hour; in parts, this library as it is against diffusers compiled (some four minutes for SD 1.5, more for SDXL):
 
-    python scripts/benchmark_gpu.py --models sd15 --no-compile --no-climb --no-mlperf --sustained 0 --batches 1 8 --seconds 5
+    python scripts/benchmark_gpu.py --models sd15 --stages step decode picture --batches 1 --seconds 4 --no-compile-own --no-climb \
+        --no-mlperf --sustained 0
 """
 
 import sys

@@ -38,7 +38,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {  # method -> the points of its curve
     "ddim": [{"strength": 1.0}],
     "null-text": [{"strength": 0.75, "steps": 8}],  # each of its steps costs forty of another method's
     "edit-friendly": [{"strength": s} for s in (0.5, 0.7, 0.9)],
-    "prompt-to-prompt": [{"strength": s, "cross": 0.5, "self_attention": 0.2} for s in (0.5, 0.7, 0.9)],
+    "prompt-to-prompt": [{"strength": s, "cross": 0.3, "self_attention": 0.7} for s in (0.5, 0.7, 0.9)],
 }
 REBUILT = {"ddim": 1.0, "edit-friendly": 1.0, "null-text": 7.5}  # inversion -> the guidance at which it must hold on
 REBUILT_STEPS = 50

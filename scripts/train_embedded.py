@@ -62,8 +62,8 @@ FIRST = dict(  # one hand, in the middle, at one size, common ideas most often: 
     pair=0.1, several=0.03, triple=0.01, mirror=0.05, scale=(0.84, 0.9), offset=0.015, white=0.6,
 )  # fmt: skip
 WIDE = dict(  # all everyday ideas; what one hand did not draw is named, so that a prompt that names none gets that hand's
-    everyday=0.96, favourites=COMMON * 2 + FAVOURITES, favour=0.5, hand="fluent-emoji-flat", handed=0.7, recolour=0.25, style=0.1,
-    pair=0.15, several=0.05, triple=0.02, mirror=0.08, scale=(0.82, 0.9), offset=0.015, white=0.6,
+    everyday=0.9, favourites=COMMON * 2 + FAVOURITES, favour=0.3, hand="fluent-emoji-flat", handed=0.8, recolour=0.25, style=0.1,
+    pair=0.2, several=0.05, triple=0.02, mirror=0.2, scale=(0.78, 0.92), offset=0.025, white=0.6,
 )  # fmt: skip
 BESIDE = dict(**CLIP_SIZES, batch=128, lr=5e-4, warmup=50, weight_decay=0.1, save_every=100, freeze_text=True)
 
@@ -93,7 +93,7 @@ GPU = Recipe(
     clip=dict(SHORT.clip, steps=750, batch=512, warmup=50, save_every=250, workers=9),
     judge=dict(SHORT.judge, steps=1500, batch=512, ema=0.998, save_every=500, workers=14),
     unet=dict(
-        **UNET_SIZES, steps=15_000, batch=512, lr=1e-3, warmup=300, ema=0.9995, levels=(0.4, 1.3), pictures=300_000,
+        **UNET_SIZES, steps=8000, batch=1024, lr=1e-3, warmup=150, ema=0.998, levels=(0.2, 1.5), pictures=130_000,
         compile=True, workers=15, save_every=5000, sample_every=5000,
     ),
     compose=CPU.compose,

@@ -261,7 +261,7 @@ def test_a_report_from_end_to_end(tmp_path: Path, monkeypatch):
 
 
 def test_what_was_measured_before_it_was_stopped_is_kept(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(run, "subject", lambda name: subjects.random_parts(tiny(SD15)))
+    monkeypatch.setattr(run, "subject", lambda name, device: subjects.random_parts(tiny(SD15)))
     monkeypatch.setattr(
         run, "limits", lambda *a: {"datasheet": None, "big_product": 0.1, "best_kernels": 0.2, "step": 1, "decode": 1}
     )
@@ -282,6 +282,9 @@ def test_ours_comes_first_and_alone_without_diffusers(monkeypatch):
     monkeypatch.setattr(module, "installed", lambda name: None)
     parts = subjects.random_parts(tiny(SD15))
     assert [c.name for c in contestants(parts, CPU, torch.float32, compiled=False)] == ["latentdiff"]
+    assert [c.name for c in contestants(parts, CPU, torch.float32, compiled=True, compile_own=False)] == ["latentdiff"]
+    both = ["latentdiff", "latentdiff compiled"]
+    assert [c.name for c in contestants(parts, CPU, torch.float32, compiled=True)] == both
 
 
 def test_peers_that_cannot_be_built_are_left_out_and_named(monkeypatch):

@@ -39,10 +39,19 @@ class Contestant:
 
 
 def contestants(
-    parts: Parts, device: torch.device, dtype: torch.dtype, *, compiled: bool, peer_dtypes: Sequence[torch.dtype] = ()
+    parts: Parts,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
+    compile_own: bool = True,
+    peer_dtypes: Sequence[torch.dtype] = (),
 ) -> list[Contestant]:
-    """Ours first, in `dtype`. diffusers runs as it comes (on a CPU, where that is float32), and tuned as its documents say: in our
-    dtype, channels last, and compiled if asked for; and channels last in `peer_dtypes`."""
+    """Ours first, in `dtype`; compiled too, if `compiled` and `compile_own`.
+
+    diffusers runs as it comes (on a CPU, where that is float32), and tuned as its documents say: in our dtype, channels last, and
+    compiled if asked for; and channels last in `peer_dtypes`.
+    """
     with_peers = installed("diffusers") is not None
     peers: list[Contestant] = []
 
@@ -60,12 +69,12 @@ def contestants(
         join(dtype, "diffusers tuned", channels_last=True)
         for other in peer_dtypes:
             join(other, f"diffusers {str(other).removeprefix('torch.')}", channels_last=True)
-    if compiled:
+    if compiled and compile_own:
         own = replace(parts, vae=copy.deepcopy(parts.vae))  # compiled in place
         found.append(ours(ready(own, device, dtype, compile=True), "latentdiff compiled"))
-        if with_peers:
-            join(dtype, "diffusers compiled", channels_last=True, compiled=True)
-        if with_peers and device.type == "cuda" and installed("stable-fast"):
+    if compiled and with_peers:
+        join(dtype, "diffusers compiled", channels_last=True, compiled=True)
+        if device.type == "cuda" and installed("stable-fast"):
             join(torch.float16, "stable-fast", channels_last=True, stable_fast=True)
     return found + peers
 

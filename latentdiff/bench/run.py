@@ -47,6 +47,7 @@ def bench(
     stages: Sequence[Stage] = STAGES,
     peer_dtypes: Sequence[str] = (),
     compile: bool | None = None,
+    compile_own: bool = True,
     climb: bool = True,
     mlperf: bool = False,
     sustained: float = 0.0,
@@ -80,6 +81,8 @@ def bench(
         In which diffusers runs too, channels last: float32, float16 or bfloat16.
     compile
         Also measure compiled networks; unless given, on a GPU. The first run takes minutes.
+    compile_own
+        Of these, also this library's.
     climb
         Also measure the ladder of optimisations, and (if pictures are measured) what is faster at the price of another picture.
     mlperf
@@ -100,13 +103,13 @@ def bench(
     report: Report = {"machine": describe(place), "command": " ".join(["latentdiff", *sys.argv[1:]]), "models": {}}
     for name in models:
         tell(f"{name}: building")
-        parts = subject(name)
+        parts = subject(name, place)
         model: Report = {"dtype": str(kind).removeprefix("torch."), "cost": cost(parts.spec), "stages": []}
         model["ceilings"] = limits(parts.spec, place, kind, 0.1 if quick else 0.3)
         report["models"][name] = model
         model["ladder"] = rungs(parts, place, kind, seconds, compiled) if climb else []
         store(report, out)
-        entrants = contestants(parts, place, kind, compiled=compiled, peer_dtypes=others)
+        entrants = contestants(parts, place, kind, compiled=compiled, compile_own=compile_own, peer_dtypes=others)
         sizes = batches or growing(place, entrants[0].step)
         for stage in measured(entrants, place, seconds, steps, sizes, stages):
             model["stages"].append(stage)

@@ -17,20 +17,23 @@ NAMES = ("embedded", *SPECS)
 BLOCK = 1 << 20  # random numbers drawn; longer weights repeat them
 
 
-def subject(name: str) -> Parts:
-    """A model in float32 on the CPU. Errors: ValueError for an unknown name; FileNotFoundError without the embedded model."""
+def subject(name: str, device: torch.device | str = "cpu") -> Parts:
+    """A model in float32; random weights are made on the device, the embedded model's come from a file.
+
+    Errors: ValueError for an unknown name; FileNotFoundError without the embedded model.
+    """
     if name == "embedded":
         return load_parts(embedded(), dtype=torch.float32)
     if name not in SPECS:
         raise ValueError(f"models must be among {', '.join(NAMES)}, got {name!r}")
-    return random_parts(SPECS[name])
+    return random_parts(SPECS[name], device)
 
 
-def random_parts(spec: ModelSpec) -> Parts:
+def random_parts(spec: ModelSpec, device: torch.device | str = "cpu") -> Parts:
     """A model with random weights and a tokenizer that gives the same seven words for any text."""
     assert isinstance(spec.vae, VAEConfig)
     torch.manual_seed(0)
-    block = torch.randn(BLOCK)
+    block = torch.randn(BLOCK).to(device)  # the same numbers on every device
     words = Words()
     return Parts(
         spec=spec,
@@ -55,7 +58,7 @@ class Words:
 @torch.no_grad()
 def randomised(module: M, block: torch.Tensor) -> M:
     """Weights that keep the variance of what goes through, biases of 0.1, norms that change nothing."""
-    module.to_empty(device="cpu")
+    module.to_empty(device=block.device)
     for name, weight in module.named_parameters():
         scale = 0.02 if "embedding" in name and weight.ndim == 2 else weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
         flat = weight.data.view(-1)

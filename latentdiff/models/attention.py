@@ -104,6 +104,8 @@ class Attention(nn.Module):
 
         The layers' own become views of them: nothing is kept twice, and what is written into one is heard.
         """
+        if self.joined() is not None:
+            return  # what was recorded on them must find them where they are
         layers = (self.to_q, self.to_k, self.to_v)
         joined = torch.cat([layer.weight.detach() for layer in layers])
         for layer, weight in zip(layers, joined.chunk(3), strict=True):
@@ -111,8 +113,12 @@ class Attention(nn.Module):
         self._joined = joined, self.to_q.weight, self.to_k.weight, self.to_v.weight
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._joined = None  # to another dtype or device they go one by one
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        layers = (self.to_q, self.to_k, self.to_v)
+        if self._joined is not None:  # to another dtype or device they go one by one
+            places = [part.data_ptr() for part in self._joined[0].chunk(3)]
+            self._joined = self._joined if places == [layer.weight.data_ptr() for layer in layers] else None
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_joined": None}  # and so do copies

@@ -1,4 +1,4 @@
-"""A U-Net whose kernels are recorded once for each shape of its inputs and then launched as one (CUDA graphs).
+"""A U-Net, or a decoder, whose kernels are recorded once for each shape of its inputs and then launched as one (CUDA graphs).
 
 A step of SDXL starts more than a thousand kernels, and to start one takes longer than many of them run.
 """

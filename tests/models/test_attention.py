@@ -86,6 +86,10 @@ def test_one_product_makes_queries_keys_and_values():
     assert attention.joined() is not None
     torch.testing.assert_close(attention.to_itself(x, sdpa), expected, rtol=1e-5, atol=1e-6)
     assert list(attention.state_dict()) == names
+    place = attention.to_q.weight.data_ptr()
+    attention.to(torch.float32).join()  # changes nothing: a recording would not hear of it
+    assert attention.to_q.weight.data_ptr() == place
+    assert attention.joined() is not None
     assert all(torch.equal(a, b) for a, b in zip(attention.parameters(), weights, strict=True))
 
 
