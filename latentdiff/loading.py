@@ -103,7 +103,7 @@ def ready(
         spec=parts.spec,
         title=parts.title,
         network=Cached(unet, cache) if cache > 1 else network(unet, compile),
-        decoder=GraphedDecoder(vae.decode) if device.type == "cuda" else None,
+        decoder=GraphedDecoder(vae) if device.type == "cuda" else None,
     )
 
 

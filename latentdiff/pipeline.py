@@ -25,6 +25,7 @@ from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Randn, Step
 from latentdiff.images import Images, Picture
 from latentdiff.models.caching import Cached
+from latentdiff.models.graphs import GraphedDecoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.models.vae_tiny import TinyVAE
@@ -87,7 +88,7 @@ class Pipeline:
     spec: ModelSpec
     title: str
     network: Network | None = None  # what runs in the loop in the U-Net's place: the U-Net compiled, recorded
-    decoder: Callable[[Tensor], Tensor] | None = None  # the same for the VAE's `decode`
+    decoder: GraphedDecoder | None = None  # and in the place of its VAE's `decode`: the same, recorded
 
     @cached_property
     def schedule(self) -> schedules.NoiseSchedule:
@@ -488,7 +489,7 @@ class Pipeline:
         """Pictures in about [-1, 1] of scaled latents, float32."""
 
         def run(vae: VAE | TinyVAE) -> Tensor:
-            decode = self.decoder if self.decoder is not None and vae is self.vae else vae.decode
+            decode = self.decoder if self.decoder is not None and self.decoder.vae is vae else vae.decode
             return memory.whole_or_tiled(lambda part: decode(part).float(), z.to(next(vae.parameters()).dtype))
 
         return sound("VAE", self.vae, run, finite)

@@ -64,29 +64,41 @@ class Recording:
 
 
 class GraphedDecoder:
-    """Takes a VAE's `decode`'s place, for one latent small enough that to start the kernels takes longer than to run them."""
+    """Takes a VAE's `decode`'s place, for latents so small that to start the kernels takes longer than to run them.
 
-    largest = 1 << 13  # positions of the latent: 512 × 1024 pixels
+    `vae` is whose place it takes. Larger ones, training and shapes for which memory did not suffice run as ever.
+    """
 
-    def __init__(self, decode: Callable[[Tensor], Tensor], record: Record = record):
-        self.decode, self.record, self.lock = decode, record, threading.Lock()
-        self.known: OrderedDict[Any, tuple[Tensor, Callable[[], object], Tensor]] = OrderedDict()
+    largest = 1 << 13  # positions of the latents: 512 × 1024 pixels
+
+    def __init__(self, vae: Any, record: Record = record):
+        self.vae, self.record, self.lock = vae, record, threading.Lock()
+        self.known: OrderedDict[Any, tuple[Tensor, Callable[[], object], Tensor] | None] = OrderedDict()
 
     def __call__(self, z: Tensor) -> Tensor:
         if torch.is_grad_enabled() or z.numel() // z.shape[1] > self.largest:
-            return self.decode(z)
+            return self.vae.decode(z)
         with self.lock:
-            key = (z.shape, z.dtype, z.device)
-            if key not in self.known:
-                place = z.clone()
-                self.known[key] = place, *self.record(lambda: self.decode(place))
-                if len(self.known) > KEPT:
-                    self.known.popitem(last=False)
-            self.known.move_to_end(key)
-            place, replay, out = self.known[key]
-            place.copy_(z)
-            replay()
-            return out.clone()
+            found = self._recording(z)
+            if found is not None:
+                place, replay, out = found
+                place.copy_(z)
+                replay()
+                return out.clone()
+        return self.vae.decode(z)
+
+    def _recording(self, z: Tensor) -> tuple[Tensor, Callable[[], object], Tensor] | None:
+        key = (z.shape, z.dtype, z.device)
+        if key not in self.known:
+            place = z.clone()
+            try:
+                self.known[key] = place, *self.record(lambda: self.vae.decode(place))
+            except torch.OutOfMemoryError:
+                self.known[key] = None
+            if len(self.known) > KEPT:
+                self.known.popitem(last=False)
+        self.known.move_to_end(key)
+        return self.known[key]
 
 
 class Graphed:

@@ -21,6 +21,7 @@ from torch import Tensor
 ROWS = 64  # positions a program takes at once
 CHANNELS = 64
 BLOCK = 1024  # numbers a program takes where one follows the other
+FLAT: dict[str, Any] = {"BLOCK": BLOCK}
 
 
 @triton.jit
@@ -135,13 +136,14 @@ def group_norm(
     scale, shift = (torch.empty(batch, channels, device=x.device, dtype=torch.float32) for _ in range(2))
     y = torch.empty_like(x, memory_format=torch.channels_last)
     sizes: dict[str, Any] = {"ROWS": ROWS, "CHANNELS": CHANNELS}
+    flag: dict[str, Any] = {"SILU": silu}
     moments[(batch, parts, columns)](x, mean, m2, positions, channels, slice_size, **sizes)
     own, row = channels // groups, 0 if moved is None else moved.stride(0)
     powers: dict[str, Any] = {"PARTS": triton.next_power_of_2(parts), "WIDTH": triton.next_power_of_2(own)}
     powers |= {"ADDED": added is not None, "MOVED": moved is not None}
     places = (weight, bias, bias if added is None else added, bias if moved is None else moved, scale, shift)
     join[(batch, groups)](mean, m2, *places, positions, channels, slice_size, parts, eps, own, row, **powers)
-    apply[(batch, triton.cdiv(positions, ROWS), columns)](x, scale, shift, y, positions, channels, silu, **sizes)
+    apply[(batch, triton.cdiv(positions, ROWS), columns)](x, scale, shift, y, positions, channels, **flag, **sizes)
     return y
 
 
@@ -191,7 +193,7 @@ def geglu(x: Tensor) -> Tensor:
     """The first half of the last dimension times the GELU of the second; x contiguous."""
     width = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], width, device=x.device, dtype=x.dtype)
-    geglu_flat[(triton.cdiv(y.numel(), BLOCK),)](x, y, y.numel(), width, BLOCK=BLOCK)
+    geglu_flat[(triton.cdiv(y.numel(), BLOCK),)](x, y, y.numel(), width, **FLAT)
     return y
 
 
@@ -208,7 +210,7 @@ def add_flat(x, bias, other, total, channels, BIASED: tl.constexpr, ADDED: tl.co
 
 def add_(x: Tensor, bias: Tensor | None, other: Tensor | None = None) -> Tensor:
     """x += bias [c] + other, for channels-last maps [b, c, h, w]."""
-    flags: dict[str, Any] = {"BIASED": bias is not None, "ADDED": other is not None, "BLOCK": BLOCK}
+    flags: dict[str, Any] = {"BIASED": bias is not None, "ADDED": other is not None, **FLAT}
     places = (x, x if bias is None else bias, x if other is None else other)
     add_flat[(triton.cdiv(x.numel(), BLOCK),)](*places, x.numel(), x.shape[1], **flags)
     return x
@@ -228,5 +230,5 @@ def double(x: Tensor) -> Tensor:
     """Each pixel of a channels-last map four times: twice as high and wide."""
     b, c, h, w = x.shape
     y = torch.empty(b, c, 2 * h, 2 * w, device=x.device, dtype=x.dtype, memory_format=torch.channels_last)
-    double_flat[(triton.cdiv(y.numel(), BLOCK),)](x, y, y.numel(), w, c, BLOCK=BLOCK)
+    double_flat[(triton.cdiv(y.numel(), BLOCK),)](x, y, y.numel(), w, c, **FLAT)
     return y

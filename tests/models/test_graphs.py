@@ -2,6 +2,8 @@
 
 import copy
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,7 +148,7 @@ def test_a_decoder_is_recorded_for_each_shape_but_not_for_large_ones(monkeypatch
         out = run()
         return (lambda: out.copy_(run())), out
 
-    decoder = GraphedDecoder(lambda z: 2 * z.repeat_interleave(2, -1), record)
+    decoder = GraphedDecoder(SimpleNamespace(decode=lambda z: 2 * z.repeat_interleave(2, -1)), record)
     latents = [torch.randn(1, 4, size, size) for size in (8, 4, 8, 4)]
     results = [decoder(z) for z in latents]
     for z, result in zip(latents, results, strict=True):
@@ -157,3 +159,26 @@ def test_a_decoder_is_recorded_for_each_shape_but_not_for_large_ones(monkeypatch
     assert len(made) == 2
     with torch.enable_grad():
         assert decoder(latents[1].requires_grad_()).requires_grad
+
+
+@torch.no_grad()
+def test_a_decoder_runs_unrecorded_where_memory_does_not_suffice():
+    tried = []
+
+    def record(run):
+        tried.append(run)
+        raise torch.OutOfMemoryError
+
+    decoder, z = GraphedDecoder(SimpleNamespace(decode=lambda z: 2 * z), record), torch.randn(1, 4, 8, 8)
+    for _ in range(2):
+        assert torch.equal(decoder(z), 2 * z)
+    assert len(tried) == 1
+
+
+def test_a_pipeline_decodes_with_its_own_vae(tiny_pipe):
+    """The recorded decoder of another is not asked, nor that of weights that are computed again in float32."""
+    z = torch.randn(1, 4, 8, 8)
+    other = GraphedDecoder(SimpleNamespace(decode=lambda z: z * torch.nan), lambda run: ((lambda: None), run()))
+    assert torch.equal(replace(tiny_pipe, decoder=other).decode(z), tiny_pipe.decode(z))
+    own = GraphedDecoder(tiny_pipe.vae, lambda run: ((lambda: None), torch.full_like(run(), 0.5)))
+    assert torch.equal(replace(tiny_pipe, decoder=own).decode(z), torch.full_like(tiny_pipe.decode(z), 0.5))
