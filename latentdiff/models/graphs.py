@@ -92,7 +92,8 @@ class GraphedDecoder:
         if key not in self.known:
             place = z.clone()
             try:
-                self.known[key] = place, *self.record(lambda: self.vae.decode(place))
+                with torch.cuda.device_of(z):
+                    self.known[key] = place, *self.record(lambda: self.vae.decode(place))
             except torch.OutOfMemoryError:
                 self.known[key] = None
             if len(self.known) > KEPT:
@@ -136,7 +137,8 @@ class Graphed:
         x, t, context = x.clone(), t.clone(), [(k.clone(), v.clone()) for k, v in context]
         vector = None if vector is None else vector.clone()
         try:
-            replay, out = self.record(lambda: self.unet(x, t, context, vector))
+            with torch.cuda.device_of(x):
+                replay, out = self.record(lambda: self.unet(x, t, context, vector))
         except torch.OutOfMemoryError:
             warnings.warn(
                 f"too little memory to record the U-Net for {list(x.shape)}; it runs unrecorded, more slowly", stacklevel=4

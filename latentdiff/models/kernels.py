@@ -11,6 +11,8 @@ it is added where the moments are joined, and costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +24,17 @@ ROWS = 64  # positions a program takes at once
 CHANNELS = 64
 BLOCK = 1024  # numbers a program takes where one follows the other
 FLAT: dict[str, Any] = {"BLOCK": BLOCK}
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton starts kernels on the current device, whatever their tensors lie on."""
+
+    @wraps(launch)
+    def launched(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *args, **kwargs)
+
+    return launched
 
 
 @triton.jit
@@ -114,6 +127,7 @@ def apply(x, scale, shift, y, positions, channels, SILU: tl.constexpr, ROWS: tl.
     tl.store(y + place, value, inside)
 
 
+@on_its_device
 def group_norm(
     x: Tensor,
     groups: int,
@@ -168,6 +182,7 @@ def layer_norm_rows(
     tl.store(y + place, off * scale[:, None] * a[None, :] + b[None, :], inside)
 
 
+@on_its_device
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x + other (x itself without), and its LayerNorm over the last dimension; both contiguous."""
     width = x.shape[-1]
@@ -189,6 +204,7 @@ def geglu_flat(x, y, total, width, BLOCK: tl.constexpr):
     tl.store(y + place, value * 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)), place < total)
 
 
+@on_its_device
 def geglu(x: Tensor) -> Tensor:
     """The first half of the last dimension times the GELU of the second; x contiguous."""
     width = x.shape[-1] // 2
@@ -208,6 +224,7 @@ def add_flat(x, bias, other, total, channels, BIASED: tl.constexpr, ADDED: tl.co
     tl.store(x + place, value, place < total)
 
 
+@on_its_device
 def add_(x: Tensor, bias: Tensor | None, other: Tensor | None = None) -> Tensor:
     """x += bias [c] + other, for channels-last maps [b, c, h, w]."""
     flags: dict[str, Any] = {"BIASED": bias is not None, "ADDED": other is not None, **FLAT}
@@ -226,6 +243,7 @@ def double_flat(x, y, total, width, channels, BLOCK: tl.constexpr):
     tl.store(y + place, tl.load(x + source, place < total, 0.0), place < total)
 
 
+@on_its_device
 def double(x: Tensor) -> Tensor:
     """Each pixel of a channels-last map four times: twice as high and wide."""
     b, c, h, w = x.shape
