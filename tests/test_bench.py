@@ -232,7 +232,7 @@ def test_memory_is_the_peak_of_the_run():
 
 def test_a_report_from_end_to_end(tmp_path: Path, monkeypatch):
     parts = subjects.random_parts(tiny(SD15))
-    monkeypatch.setattr(run, "subject", lambda name: parts)
+    monkeypatch.setattr(run, "subject", lambda name, device: parts)
     monkeypatch.setattr(
         run, "limits", lambda *a: {"datasheet": None, "big_product": 0.1, "best_kernels": 0.2, "step": 1e-3, "decode": 1e-3}
     )
