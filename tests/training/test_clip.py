@@ -256,5 +256,7 @@ def test_two_processes_share_one_contrast(runs: Any, pictures: Path, tmp_path: P
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = (runs.checkpoint_files(tmp_path / name, 4) for name in ("one", "two"))
     for name in a:
-        if name.startswith("model/"):  # early Adam steps are signs of gradients: near-zero ones may turn with rounding
+        # Early Adam steps are signs of gradients: near-zero ones may turn with rounding, and those of the keys' biases are nothing
+        # else, since all scores of a query rise alike.
+        if name.startswith("model/") and not name.endswith("k_proj.bias"):
             assert (a[name] - b[name]).abs().mean() < 2e-4, name
