@@ -15,7 +15,8 @@ from latentdiff.models import fused
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d`, the same weights and function, in two faster ways where a CPU infers on a small map.
+    """`nn.Conv2d`, the same weights and function, faster where nothing is to be learnt: on a GPU without torch's pass for the bias
+    (`on_gpu`), and in two ways where a CPU works on a small map.
 
     Light weights are ordered once for each shape of the input and kept so beside themselves: the same kernel (and the same bits,
     wherever we looked), in 0.4 to 0.9 of the time on maps of 4×4 to 16×16. Heavy ones, which one would not keep twice, are

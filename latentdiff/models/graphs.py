@@ -63,6 +63,26 @@ class Recording:
         return self.out.clone()
 
 
+class Recordings(OrderedDict[Any, Any]):
+    """The last few that were used; None for a shape for which memory did not suffice."""
+
+    def find(self, what: str, x: Tensor, key: Any, make: Callable[[], Any]) -> Any:
+        """The one for `key`; a new one is made on x's device."""
+        if key not in self:
+            try:
+                with torch.cuda.device_of(x):
+                    self[key] = make()
+            except torch.OutOfMemoryError:
+                warnings.warn(
+                    f"too little memory to record the {what} for {list(x.shape)}; it runs unrecorded, more slowly", stacklevel=4
+                )
+                self[key] = None
+            if len(self) > KEPT:
+                self.popitem(last=False)
+        self.move_to_end(key)
+        return self[key]
+
+
 class GraphedDecoder:
     """Takes a VAE's `decode`'s place, for latents so small that to start the kernels takes longer than to run them.
 
@@ -73,13 +93,14 @@ class GraphedDecoder:
 
     def __init__(self, vae: Any, record: Record = record):
         self.vae, self.record, self.lock = vae, record, threading.Lock()
-        self.known: OrderedDict[Any, tuple[Tensor, Callable[[], object], Tensor] | None] = OrderedDict()
+        self.known = Recordings()
 
     def __call__(self, z: Tensor) -> Tensor:
+        """z [b, c, h, w] to pictures; as the VAE's `decode`."""
         if torch.is_grad_enabled() or z.numel() // z.shape[1] > self.largest:
             return self.vae.decode(z)
         with self.lock:
-            found = self._recording(z)
+            found = self.known.find("decoder", z, (z.shape, z.dtype, z.device), lambda: self._recorded(z.clone()))
             if found is not None:
                 place, replay, out = found
                 place.copy_(z)
@@ -87,19 +108,8 @@ class GraphedDecoder:
                 return out.clone()
         return self.vae.decode(z)
 
-    def _recording(self, z: Tensor) -> tuple[Tensor, Callable[[], object], Tensor] | None:
-        key = (z.shape, z.dtype, z.device)
-        if key not in self.known:
-            place = z.clone()
-            try:
-                with torch.cuda.device_of(z):
-                    self.known[key] = place, *self.record(lambda: self.vae.decode(place))
-            except torch.OutOfMemoryError:
-                self.known[key] = None
-            if len(self.known) > KEPT:
-                self.known.popitem(last=False)
-        self.known.move_to_end(key)
-        return self.known[key]
+    def _recorded(self, place: Tensor) -> tuple[Tensor, Callable[[], object], Tensor]:
+        return place, *self.record(lambda: self.vae.decode(place))
 
 
 class Graphed:
@@ -111,7 +121,7 @@ class Graphed:
 
     def __init__(self, unet: Callable[..., Tensor], record: Record = record):
         self.unet, self.record, self.lock = unet, record, threading.Lock()
-        self.known: OrderedDict[Any, Recording | None] = OrderedDict()
+        self.known = Recordings()
 
     def __call__(
         self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None = None, **seams: Any
@@ -119,29 +129,14 @@ class Graphed:
         if seams or isinstance(context, Tensor) or torch.is_grad_enabled():
             return self.unet(x, t, context, vector, **seams)
         with self.lock:
-            recording = self._recording(x, t, context, vector)
+            key = (x.shape, x.dtype, x.device, t.shape, context[0][0].shape)
+            recording = self.known.find("U-Net", x, key, lambda: self._recorded(x, t, context, vector))
             if recording is not None:
                 return recording.run(x, t, context, vector)
         return self.unet(x, t, context, vector)
 
-    def _recording(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Recording | None:
-        key = (x.shape, x.dtype, x.device, t.shape, context[0][0].shape)
-        if key not in self.known:
-            self.known[key] = self._recorded(x, t, context, vector)
-            if len(self.known) > KEPT:
-                self.known.popitem(last=False)
-        self.known.move_to_end(key)
-        return self.known[key]
-
-    def _recorded(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Recording | None:
+    def _recorded(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Recording:
         x, t, context = x.clone(), t.clone(), [(k.clone(), v.clone()) for k, v in context]
         vector = None if vector is None else vector.clone()
-        try:
-            with torch.cuda.device_of(x):
-                replay, out = self.record(lambda: self.unet(x, t, context, vector))
-        except torch.OutOfMemoryError:
-            warnings.warn(
-                f"too little memory to record the U-Net for {list(x.shape)}; it runs unrecorded, more slowly", stacklevel=4
-            )
-            return None
+        replay, out = self.record(lambda: self.unet(x, t, context, vector))
         return Recording(x, t, vector, context, None, replay, out)

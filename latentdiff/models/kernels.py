@@ -184,7 +184,7 @@ def layer_norm_rows(
 
 @on_its_device
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x + other (x itself without), and its LayerNorm over the last dimension; both contiguous."""
+    """x + other (x itself without), and its LayerNorm over the last dimension, [..., c] all; contiguous in and out."""
     width = x.shape[-1]
     rows, block = x.numel() // width, triton.next_power_of_2(width)
     y = torch.empty_like(x)
@@ -197,6 +197,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, other: Tenso
 
 @triton.jit
 def geglu_flat(x, y, total, width, BLOCK: tl.constexpr):
+    """y [rows, width] of x [rows, 2 · width], by the number of y's numbers."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row, col = place // width, place % width
     value = tl.load(x + row * 2 * width + col, place < total, 0.0).to(tl.float32)
@@ -206,7 +207,7 @@ def geglu_flat(x, y, total, width, BLOCK: tl.constexpr):
 
 @on_its_device
 def geglu(x: Tensor) -> Tensor:
-    """The first half of the last dimension times the GELU of the second; x contiguous."""
+    """The first half of the last dimension times the GELU of the second: x [..., 2 c], contiguous, to [..., c]."""
     width = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], width, device=x.device, dtype=x.dtype)
     geglu_flat[(triton.cdiv(y.numel(), BLOCK),)](x, y, y.numel(), width, **FLAT)
@@ -215,6 +216,7 @@ def geglu(x: Tensor) -> Tensor:
 
 @triton.jit
 def add_flat(x, bias, other, total, channels, BIASED: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """In place; the channel of x's k-th number is k % channels."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + place, place < total, 0.0).to(tl.float32)
     if BIASED:
@@ -226,7 +228,7 @@ def add_flat(x, bias, other, total, channels, BIASED: tl.constexpr, ADDED: tl.co
 
 @on_its_device
 def add_(x: Tensor, bias: Tensor | None, other: Tensor | None = None) -> Tensor:
-    """x += bias [c] + other, for channels-last maps [b, c, h, w]."""
+    """x += bias [c] + other, in place, for channels-last maps x and other [b, c, h, w]."""
     flags: dict[str, Any] = {"BIASED": bias is not None, "ADDED": other is not None, **FLAT}
     places = (x, x if bias is None else bias, x if other is None else other)
     add_flat[(triton.cdiv(x.numel(), BLOCK),)](*places, x.numel(), x.shape[1], **flags)

@@ -112,13 +112,13 @@ def test_kernels_under_the_interpreter():
     """In a process of its own: Triton decides at its import whether it interprets."""
     pytest.importorskip("triton")
     code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import torch, test_kernels as t; "
-    code += "t.check('cpu', torch.float32, 1e-5); t.check('cpu', torch.bfloat16, 2e-2); t.check_networks('cpu')"
+    code += "t.check('cpu', torch.float32, 1e-5); t.check('cpu', torch.bfloat16, 1e-2); t.check_networks('cpu')"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_kernels_on_a_gpu(dtype, tolerance):
     check("cuda", dtype, tolerance)
 
