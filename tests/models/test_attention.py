@@ -135,7 +135,7 @@ def test_one_product_compiles_whole():
 @pytest.mark.gpu
 @torch.no_grad()
 def test_wide_heads_on_a_gpu_are_nearly_as_near_the_formula_as_torchs_own():
-    """Scores are stored in 16 bits: the attention's own error may be half as large again; a whole decode's is not (see `blocked`)."""
+    """Scores are stored in 16 bits: the attention's own error may be half as large again; a whole decode's is not (`blocked`)."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, n, 512, device="cuda", dtype=torch.bfloat16) for n in (700, 4096, 4096))
     exact = torch.softmax(q.double() @ k.double().mT * 512**-0.5, -1) @ v.double()
