@@ -19,6 +19,7 @@ from latentdiff.models.caching import Cached
 from latentdiff.models.float8 import quantise
 from latentdiff.models.graphs import Graphed, GraphedDecoder
 from latentdiff.models.narrow import Width, narrow
+from latentdiff.models.onednn import multiplies_bfloat16
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 
@@ -144,14 +145,6 @@ def best_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     recent = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if recent else torch.float16
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has AVX512-BF16 or AMX. Torch tells; an older one only by names that are not public."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        abilities = torch.cpu.get_capabilities()
-        return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def checked_device(device: str | torch.device) -> torch.device:

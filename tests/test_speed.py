@@ -19,10 +19,11 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import guided
 from latentdiff.diffusion.rules import cfg, rescale
 from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.loading import best_dtype, multiplies_bfloat16, ready
+from latentdiff.loading import best_dtype, ready
 from latentdiff.models.caching import Cached
 from latentdiff.models.fused import norm_silu
 from latentdiff.models.graphs import Graphed
+from latentdiff.models.onednn import multiplies_bfloat16
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import in_float32
 

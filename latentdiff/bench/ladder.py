@@ -14,8 +14,8 @@ from torch import Tensor
 from latentdiff.bench.contestants import latents
 from latentdiff.bench.timing import Times, in_turns
 from latentdiff.checkpoints.families import ModelSpec
+from latentdiff.models import onednn
 from latentdiff.models.attention import Site, sdpa
-from latentdiff.models.convolution import Conv2d
 from latentdiff.models.unet import UNet
 
 
@@ -45,7 +45,7 @@ class Step:
     context: Tensor
     vector: Tensor | None
     once: bool = False  # keys and values made beforehand, and the time embedded
-    small: bool = False  # convolutions of small maps in the ways that are faster there
+    onednn: bool = False  # products with what follows them inside, and convolutions of small maps as they are faster
     attend: Callable[..., Tensor] = torchs_attention
     network: Callable[..., Tensor] | None = None
 
@@ -57,15 +57,15 @@ class Step:
         if self.network is not None:
             return torch.no_grad()(partial(self.network, x, t, context, self.vector))
         run = torch.no_grad()(partial(unet, x, t, context, self.vector, attend=self.attend))
-        return run if self.small else partial(plainly, run)
+        return run if self.onednn else partial(plainly, run)
 
 
 def plainly(run: Callable[[], Tensor]) -> Tensor:
-    fast, Conv2d.fast = Conv2d.fast, False
+    before, onednn.enabled = onednn.enabled, False
     try:
         return run()
     finally:
-        Conv2d.fast = fast
+        onednn.enabled = before
 
 
 def inputs(unet: UNet) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def steps(spec: ModelSpec, unet: UNet, device: torch.device, dtype: torch.dtype,
     rungs["best attention"] = Step(last, context, vector, once=True, attend=own_attention)
     rungs["shared halves"] = Step(last, context, vector, once=True, attend=sdpa)
     if device.type == "cpu":
-        rungs["convolutions of small maps"] = Step(last, context, vector, once=True, attend=sdpa, small=True)
+        rungs["oneDNN's own operators"] = Step(last, context, vector, once=True, attend=sdpa, onednn=True)
     if compiled:
         network = torch.compile(last, fullgraph=True)
         rungs["compiled"] = Step(last, context, vector, once=True, network=network)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from latentdiff.models import onednn
 from latentdiff.models.convolution import Conv2d
-from latentdiff.models.fused import add_layer_norm, geglu, group_norm, layer_norm
+from latentdiff.models.fused import conv_add, feed_forward, group_norm, layer_norm, linear_add, linear_add_norm
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,28 @@ def sdpa(
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's own, but where that is slow.
 
-    It is so in bfloat16 over many keys on a CPU (1.4 to 1.7 times the time of `blocked`), and on a GPU with a head as wide as the
-    VAE's, which its fast kernels do not take: 150 of an H200's 800 TFLOP/s.
+    It is so in bfloat16 over many keys on a CPU without AMX (1.4 to 1.7 times the time of `blocked`; with it, half); with AMX, over
+    keys that do not fill tiles, as a prompt's 77 (twice that of 80); and on a GPU with a head as wide as the VAE's, which its fast
+    kernels do not take: 150 of an H200's 800 TFLOP/s.
     """
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v)
+    in_tiles = q.device.type == "cpu" and q.dtype == torch.bfloat16 and onednn.has_amx()
+    if in_tiles and q.shape[-2] >= 256 and k.shape[-2] < 512 and k.shape[-2] % 16:
+        return filled_up(q, k, v)
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not in_tiles
     on_gpu = q.is_cuda and q.dtype.itemsize == 2 and q.shape[-1] > 256
-    if (on_cpu or on_gpu) and k.shape[-2] >= 512 and not torch.is_grad_enabled():
+    if (on_cpu or on_gpu) and k.shape[-2] >= 512:
         return blocked(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def filled_up(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with keys to which nobody listens, up to a multiple of 16."""
+    m = k.shape[-2]
+    k, v = (F.pad(x, (0, 0, 0, -m % 16)) for x in (k, v))
+    mask = q.new_zeros(k.shape[-2]).index_fill_(0, torch.arange(m, k.shape[-2]), -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(q.shape[-2], -1))
 
 
 @torch.library.custom_op("latentdiff::blocked", mutates_args=())
@@ -139,7 +154,7 @@ class Attention(nn.Module):
         return self.split(self.to_k(x)), self.split(self.to_v(x))
 
     def to_itself(self, x: Float[Tensor, "b n c"], attend: Attend) -> Float[Tensor, "b n c"]:
-        """Attention of the tokens to themselves."""
+        """Attention of the tokens to themselves, before the last layer."""
         whole = self.joined()
         if whole is not None:
             q, k, v = (self.split(part) for part in F.linear(x, whole).chunk(3, -1))
@@ -147,21 +162,19 @@ class Attention(nn.Module):
         return self(x, self.keys_values(x), attend)
 
     def forward(self, x: Float[Tensor, "b n c"], keys_values: KeysValues, attend: Attend) -> Float[Tensor, "b n c"]:
+        """What the heads found, side by side; `to_out` is left to the block, which adds its result to something."""
         return self.mixed(self.split(self.to_q(x)), *keys_values, attend)
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Float[Tensor, "b n c"]:
-        return self.to_out(attend(q, k, v, self.site).transpose(1, 2).flatten(2))
+        return attend(q, k, v, self.site).transpose(1, 2).flatten(2)
 
 
 class GEGLU(nn.Module):
-    """One linear layer gated by the GELU of another (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+    """One linear layer for values and their gates (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * hidden)
-
-    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n hidden"]:
-        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -170,8 +183,9 @@ class FeedForward(nn.Module):
         # The empty place is the dropout of the training code: the numbers are part of the weights' names.
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
-    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        return self.net(x)
+    def forward(self, x: Float[Tensor, "b n c"], other: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """other + what it makes of x."""
+        return feed_forward(self.net[0].proj, self.net[2], x, other)  # type: ignore[arg-type]
 
 
 class TransformerBlock(nn.Module):
@@ -187,12 +201,12 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Float[Tensor, "b n c"], prompt: KeysValues, attend: Attend) -> Float[Tensor, "b n c"]:
-        y = layer_norm(self.norm1, x)
-        x, y = add_layer_norm(self.norm2, x, self.attn1.to_itself(y, attend))
+        y = self.attn1.to_itself(layer_norm(self.norm1, x), attend)
+        x, y = linear_add_norm(self.attn1.to_out[0], self.norm2, y, x)
         n = len(prompt[0])
         x, y = repeated(x, n), repeated(y, n)  # one picture may have several prompts: guidance's two
-        x, y = add_layer_norm(self.norm3, x, self.attn2(y, prompt, attend))
-        return x + self.ff(y)
+        x, y = linear_add_norm(self.attn2.to_out[0], self.norm3, self.attn2(y, prompt, attend), x)
+        return self.ff(y, x)
 
 
 class Transformer(nn.Module):
@@ -218,9 +232,10 @@ class Transformer(nn.Module):
         y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))  # [b, hw, c]
         for i, block in enumerate(self.transformer_blocks, self.first):
             y = block(y, prompt[i], attend)
-        h, w = x.shape[-2:]
-        y = feature_map(self.proj_out(y), h, w) if self.linear else self.proj_out(feature_map(y, h, w))
-        return repeated(x, len(y)) + y  #                                          [b, c, h, w]
+        x, size = repeated(x, len(y)), x.shape[-2:]
+        if self.linear:
+            return feature_map(linear_add(self.proj_out, y, tokens(x)), *size)  #  [b, c, h, w]
+        return conv_add(self.proj_out, feature_map(y, *size), x)
 
 
 def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:

@@ -1,9 +1,7 @@
-"""Convolutions of small maps, where torch's kernel for a CPU spends much of its time on ordering weights anew at every call."""
+"""Convolutions as the processor at hand does them fastest."""
 
 from __future__ import annotations
 
-import platform
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -11,20 +9,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentdiff.models import fused
+from latentdiff.models import fused, onednn
 
 
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d`, the same weights and function, faster where nothing is to be learnt: on a GPU without torch's pass for the bias
-    (`on_gpu`), and in two ways where a CPU works on a small map.
+    (`on_gpu`), and on a CPU with additions inside and in two other ways for small maps.
 
     Light weights are ordered once for each shape of the input and kept so beside themselves: the same kernel (and the same bits,
     wherever we looked), in 0.4 to 0.9 of the time on maps of 4×4 to 16×16. Heavy ones, which one would not keep twice, are
     multiplied as they are, in one matrix product, if that is faster: with 1280 channels on 8×8, 48 GFLOP/s on a core of Zen 3
-    become 78.
+    become 78; on two cores with AMX, 2560 channels take 6 ms and not 29.
     """
 
-    fast: ClassVar[bool] = True  # the benchmark's ladder stands on both rungs
     light: ClassVar[int] = 1 << 20  # weights, at most, that are ordered once
     packs: ClassVar[int] = 4096  # positions, over all pictures of the batch, up to which that is worth it
     heavy: ClassVar[int] = 1 << 22  # weights, at least, for a product
@@ -39,17 +36,23 @@ class Conv2d(nn.Conv2d):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ordered": {}}  # such an order can be neither copied nor stored
 
-    def forward(self, input: Float[Tensor, "b c h w"], *, biased: bool = True) -> Float[Tensor, "b out h2 w2"]:
-        """biased: with its bias; False only where `fused.fuses` says so, which adds it elsewhere."""
+    def forward(
+        self,
+        input: Float[Tensor, "b c h w"],
+        *,
+        biased: bool = True,
+        shift: Float[Tensor, " out"] | None = None,
+        other: Float[Tensor, "b out h2 w2"] | None = None,
+    ) -> Float[Tensor, "b out h2 w2"]:
+        """biased: with its bias; False only where `fused.fuses` says so, which adds it elsewhere.
+        shift: added to the bias, and other to the result; only where it `takes` the input.
+        """
         if fused.fuses(input) and fused.is_last(input):
             return self.on_gpu(input, self.bias if biased else None)
-        if self.fast and not torch.compiler.is_compiling() and input.device.type == "cpu":
-            if torch.is_grad_enabled():
-                self._ordered = {}  # what trains is not kept: a fused optimiser changes weights without counting it
-            elif self.is_faster_packed(input):
-                return self.packed(input)
-            elif self.is_faster_as_product(input):
-                return product(input, self.weight, self.bias)
+        if self.takes(input):
+            return self.on_cpu(input, shift, other)
+        if torch.is_grad_enabled():
+            self._ordered = {}  # what trains is not kept: a fused optimiser changes weights without counting it
         return super().forward(input)
 
     def on_gpu(self, x: Float[Tensor, "b c h w"], bias: Tensor | None) -> Float[Tensor, "b out h2 w2"]:
@@ -61,60 +64,57 @@ class Conv2d(nn.Conv2d):
             return y
         return fused.kernels().add_(y, bias) if fused.is_last(y) else y + bias[:, None, None]
 
-    def is_faster_packed(self, x: Tensor) -> bool:
-        """Measured in float32 and bfloat16 with AVX-512."""
+    def takes(self, x: Tensor) -> bool:
+        """Whether this is for `on_cpu`."""
         return (
-            self.weight.numel() <= self.light
-            and len(x) * x.shape[-2] * x.shape[-1] <= self.packs
-            and x.is_contiguous(memory_format=torch.channels_last)
+            onednn.works_on(x)
             and x.dtype == self.weight.dtype
+            and fused.is_last(x)
             and (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
-            and not (isinstance(self.padding, str) or self.weight.is_inference() or torch.is_autocast_enabled("cpu"))
-            and can_pack(x.dtype)
-            and bool(torch.backends.mkldnn.enabled)
+            and not isinstance(self.padding, str)
         )
 
-    def packed(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h2 w2"]:
-        """The convolution on weights in oneDNN's own order, by the operators that torch's compiler calls.
+    def on_cpu(self, x: Float[Tensor, "b c h w"], shift: Tensor | None, other: Tensor | None) -> Float[Tensor, "b out h2 w2"]:
+        bias = self.bias if shift is None else shift if self.bias is None else self.bias + shift
+        positions = len(x) * x.shape[-2] * x.shape[-1]
+        if self.is_faster_as_product(x, positions):
+            return product(x, self.weight, bias, other)
+        where = self.padding, self.stride, self.dilation, self.groups
+        light = self.weight.numel() <= self.light and positions <= self.packs and not self.weight.is_inference()
+        return onednn.convolution(x, self.ordered(x.shape, *where) if light else self.weight, bias, *where, add=other)
 
-        Weights that changed are ordered anew. torch counts changes in place, but for those through `.data`: a sample tells of them.
+    def ordered(self, shape: torch.Size, *where: object) -> Tensor:
+        """The weights in the kernel's order; anew if they changed.
+
+        torch counts changes in place, but for those through `.data`: a sample tells of them.
         """
-        where: Any = (self.padding, self.stride, self.dilation, self.groups)
         weight, n = self.weight.detach(), self.weight.numel()
         sample = weight.as_strided((min(n, 16),), (max(1, n // 16),)).tolist()
-        state, found = (weight.data_ptr(), self.weight._version, sample), self._ordered.get(x.shape)
+        state, found = (weight.data_ptr(), self.weight._version, sample), self._ordered.get(shape)
         if found is None or found[0] != state:
-            found = state, torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *where, x.shape)  # pyright: ignore
-            self._ordered = dict([*self._ordered.items()][-3:]) | {x.shape: found}
-        return torch.ops.mkldnn._convolution_pointwise(x, found[1], self.bias, *where, "none", [], "")
+            found = state, onednn.ordered(weight, shape, *where)
+            self._ordered = dict([*self._ordered.items()][-3:]) | {shape: found}
+        return found[1]
 
-    def is_faster_as_product(self, x: Tensor) -> bool:
-        """Measured in float32 with AVX2; with AVX-512, and in bfloat16, torch's products are the slower ones."""
-        return (
-            x.dtype == torch.float32
-            and len(x) * x.shape[-2] * x.shape[-1] <= self.products
-            and self.weight.numel() >= self.heavy
-            and (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
-            and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        )
-
-
-@cache
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether kernels here take weights in an order of their own: oneDNN's on x86, if this torch has its (private) operators."""
-    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    orders = hasattr(getattr(torch._C, "_nn", None), "mkldnn_reorder_conv2d_weight")
-    if not (orders and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    def is_faster_as_product(self, x: Tensor, positions: int) -> bool:
+        """Measured in float32 with AVX2, in bfloat16 with AMX; with AVX-512 alone, torch's products are the slower ones."""
+        if positions > self.products or self.weight.numel() < self.heavy:
+            return False
+        if (self.kernel_size, self.stride, self.padding) != ((3, 3), (1, 1), (1, 1)):
+            return False
+        if x.dtype == torch.bfloat16:
+            return onednn.has_amx()
+        return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def product(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "out c 3 3"], bias: Tensor | None) -> Float[Tensor, "b out h w"]:
+def product(
+    x: Float[Tensor, "b c h w"], weight: Float[Tensor, "out c 3 3"], bias: Tensor | None, other: Tensor | None = None
+) -> Float[Tensor, "b out h w"]:
     """Each position's nine neighbours side by side, times the weights: one copy of x, none of channels-last weights."""
     b, c, h, w = x.shape
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  #                         [b, h + 2, w + 2, c]
     picture, row, place, _ = padded.stride()
     rows = padded.as_strided((b, h, w, 3, 3 * c), (picture, row, place, row, 1))  #      three neighbours of a row lie side by side
     y = F.linear(rows.reshape(b * h * w, 9 * c), weight.permute(0, 2, 3, 1).flatten(1), bias)
-    return y.view(b, h, w, -1).permute(0, 3, 1, 2)  #                                    channels-last
+    y = y.view(b, h, w, -1).permute(0, 3, 1, 2)  #                                       channels-last
+    return y if other is None else y.add_(other)

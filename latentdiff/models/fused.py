@@ -1,4 +1,5 @@
-"""Operations that stand together in these networks. A GPU does each in one kernel (`kernels.py`), where nothing is to be learnt."""
+"""Operations that stand together in these networks. Where nothing is to be learnt, a GPU does each in one kernel (`kernels.py`), a
+CPU some of them inside the product before them (`onednn.py`)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from latentdiff.models import onednn
 
 
 def fuses(x: Tensor) -> bool:
@@ -47,10 +50,11 @@ def group_norm(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"], *, silu: bool = 
     """norm(x), or its SiLU."""
     if fuses(x) and is_last(x):
         return kernels().group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
-    if slow_on_cpu(norm, x):
-        y = norm(x.contiguous())
-        return (F.silu(y, inplace=True) if silu else y).contiguous(memory_format=torch.channels_last)
-    return F.silu(norm(x)) if silu else norm(x)
+    infers = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    slow = infers and slow_on_cpu(norm, x)
+    y = norm(x.contiguous() if slow else x)
+    y = F.silu(y, inplace=infers) if silu else y
+    return y.contiguous(memory_format=torch.channels_last) if slow else y
 
 
 def slow_on_cpu(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"]) -> bool:
@@ -59,8 +63,7 @@ def slow_on_cpu(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"]) -> bool:
     It does on small maps, where it goes through each group by itself, if a group has fewer channels than a vector.
     """
     small = x.device.type == "cpu" and x.shape[-2] * x.shape[-1] < 1024 and x.shape[1] < 16 * norm.num_groups
-    infers = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return small and infers and x.dtype == torch.bfloat16 and is_last(x)
+    return small and x.dtype == torch.bfloat16 and is_last(x)
 
 
 def conv_norm_silu(
@@ -73,6 +76,8 @@ def conv_norm_silu(
             places: dict[str, Any] = {"silu": True, "added": conv.bias, "moved": shift}
             return kernels().group_norm(y, norm.num_groups, norm.weight, norm.bias, norm.eps, **places)
         y = y + conv.bias[:, None, None]  # type: ignore[index]
+    elif is_one_row(shift) and takes(conv, x):
+        y, shift = conv(x, shift=None if shift is None else shift[0]), None
     else:
         y = conv(x)
     return norm_silu(norm, y if shift is None else y + shift[:, :, None, None])
@@ -83,7 +88,24 @@ def conv_add(conv: nn.Module, x: Float[Tensor, "b c h w"], other: Float[Tensor, 
     if fuses(x) and is_last(x, other):
         y = conv(x, biased=False)
         return kernels().add_(y, conv.bias, other) if is_last(y) else other + y + conv.bias[:, None, None]  # type: ignore[index]
-    return other + conv(x)
+    return conv(x, other=other) if is_last(other) and takes(conv, x) else other + conv(x)
+
+
+def takes(conv: nn.Module, x: Tensor) -> bool:
+    """Whether a CPU adds within this convolution. There may be another module in its place, or somebody who listens to it alone."""
+    return onednn.is_large(x) and hasattr(conv, "takes") and conv.takes(x) and not onednn.listened_to(conv)  # type: ignore[operator]
+
+
+def is_one_row(shift: Float[Tensor, "b out"] | None) -> bool:
+    """As the times of all pictures of a step are; never by looking at numbers."""
+    return shift is None or len(shift) == 1 or shift.stride(0) == 0
+
+
+def linear_add(layer: nn.Module, x: Float[Tensor, "*b c"], other: Float[Tensor, "*b out"]) -> Float[Tensor, "*b out"]:
+    """other + layer(x)."""
+    if onednn.takes(x, layer):
+        return onednn.linear(x, layer.weight, layer.bias, add=other)  # type: ignore[arg-type]
+    return other + layer(x)
 
 
 def layer_norm(norm: nn.LayerNorm, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
@@ -93,14 +115,23 @@ def layer_norm(norm: nn.LayerNorm, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*
     return norm(x)
 
 
-def add_layer_norm(
-    norm: nn.LayerNorm, x: Float[Tensor, "*b c"], other: Float[Tensor, "*b c"]
+def linear_add_norm(
+    layer: nn.Module, norm: nn.LayerNorm, x: Float[Tensor, "*b c"], other: Float[Tensor, "*b c"]
 ) -> tuple[Float[Tensor, "*b c"], Float[Tensor, "*b c"]]:
-    """x + other, and the norm of it."""
-    if fuses(x) and x.is_contiguous() and other.is_contiguous():
-        return kernels().layer_norm(x, norm.weight, norm.bias, norm.eps, other)
-    x = x + other
-    return x, norm(x)
+    """other + layer(x), and the norm of it."""
+    if fuses(x) and other.is_contiguous():
+        return kernels().layer_norm(layer(x), norm.weight, norm.bias, norm.eps, other)
+    y = linear_add(layer, x, other)
+    return y, norm(y)
+
+
+def feed_forward(
+    inner: nn.Module, outer: nn.Module, x: Float[Tensor, "b n c"], other: Float[Tensor, "b n c"]
+) -> Float[Tensor, "b n c"]:
+    """other + outer(geglu(inner(x)))."""
+    if onednn.takes(x, inner, outer):
+        return onednn.feed_forward(inner, outer, x, other)  # type: ignore[arg-type]
+    return other + outer(geglu(inner(x)))
 
 
 def geglu(x: Float[Tensor, "*b c2"]) -> Float[Tensor, "*b c"]:

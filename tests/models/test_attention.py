@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latentdiff.models.attention import Attention, Site, blocked, dot_product_attention, feature_map, sdpa, tokens
+from latentdiff.models.attention import Attention, Site, blocked, dot_product_attention, feature_map, filled_up, sdpa, tokens
 
 
 def test_sdpa_is_the_formula():
@@ -39,7 +39,8 @@ def test_heads_are_consecutive_channels():
 @pytest.mark.parametrize("sharpness", [1.0, 4.0])
 @pytest.mark.parametrize(("queries", "keys", "width"), [(700, 700, 40), (64, 1030, 64), (513, 513, 24)])
 @torch.no_grad()
-def test_blocked_is_as_near_the_formula_as_torchs_own_in_bfloat16(queries, keys, width, sharpness):
+def test_blocked_is_as_near_the_formula_as_torchs_own_in_bfloat16(queries, keys, width, sharpness, monkeypatch):
+    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: False)
     torch.manual_seed(0)
     q, k, v = sharpness * torch.randn(2, 3, queries, width), torch.randn(2, 3, keys, width), torch.randn(2, 3, keys, width)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
@@ -47,6 +48,30 @@ def test_blocked_is_as_near_the_formula_as_torchs_own_in_bfloat16(queries, keys,
     own = (F.scaled_dot_product_attention(*half) - exact).square().mean().sqrt()
     assert (blocked(*half) - exact).square().mean().sqrt() < 1.3 * own
     assert torch.equal(blocked(*half), sdpa(*half, Site("anywhere", cross=False)))
+
+
+@pytest.mark.parametrize(("queries", "keys", "width"), [(700, 77, 40), (256, 154, 64), (300, 5, 24), (256, 80, 16)])
+@torch.no_grad()
+def test_keys_filled_up_change_nothing(queries, keys, width, monkeypatch):
+    asked = []
+    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: True)
+    monkeypatch.setattr("latentdiff.models.attention.filled_up", lambda *args: asked.append(True) or filled_up(*args))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, rows, 3, width).transpose(1, 2) for rows in (queries, keys, keys))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(filled_up(q, k, v).double(), exact, rtol=1e-5, atol=1e-5)
+    half = [t.bfloat16() for t in (q, k, v)]
+    own = (F.scaled_dot_product_attention(*half) - exact).square().mean().sqrt()
+    assert (sdpa(*half, Site("anywhere", cross=True)) - exact).square().mean().sqrt() < 1.05 * own
+    assert bool(asked) == (keys % 16 != 0)
+
+
+@torch.no_grad()
+def test_torchs_own_is_left_alone_where_tiles_are_full(monkeypatch):
+    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: True)
+    for queries, keys in ((1024, 1024), (64, 77), (1024, 1000)):
+        q, k = torch.randn(1, 2, queries, 40).bfloat16(), torch.randn(1, 2, keys, 40).bfloat16()
+        assert torch.equal(sdpa(q, k, k, Site("anywhere", cross=True)), F.scaled_dot_product_attention(q, k, k))
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latentdiff.models.convolution import Conv2d, can_pack, product
+from latentdiff.models.convolution import Conv2d, product
+from latentdiff.models.onednn import has_operators
 
 
 @torch.no_grad()
@@ -33,24 +34,28 @@ def test_in_float32_it_is_as_exact():
 
 
 @torch.no_grad()
-def test_only_small_maps_with_many_channels_are_products(monkeypatch):
+@pytest.mark.parametrize(("dtype", "capability", "amx"), [(torch.float32, "AVX2", False), (torch.bfloat16, "AVX512", True)])
+def test_only_small_maps_with_many_channels_are_products(dtype, capability, amx, monkeypatch):
+    if not has_operators(dtype):
+        pytest.skip(f"this processor has no operators for {dtype}")
     asked = []
     monkeypatch.setattr("latentdiff.models.convolution.product", lambda x, *rest: asked.append(x.shape) or x)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: amx)
     monkeypatch.setattr(Conv2d, "light", 0)
     monkeypatch.setattr(Conv2d, "heavy", 9 * 8 * 8)
     monkeypatch.setattr(Conv2d, "products", 2 * 4 * 4)
-    conv, small = Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 4, 4)
+    conv, small = Conv2d(8, 8, 3, padding=1).to(dtype), maps(2, 8, 4, 4, dtype=dtype)
     conv(small)
     assert asked == [(2, 8, 4, 4)]
-    for large in (torch.randn(3, 8, 4, 4), torch.randn(1, 8, 6, 6)):
+    for large in (maps(3, 8, 4, 4, dtype=dtype), maps(1, 8, 6, 6, dtype=dtype)):
         conv(large)
-    Conv2d(8, 7, 3, padding=1)(small)
-    conv.bfloat16()(small.bfloat16())
-    conv.float()
+    Conv2d(8, 7, 3, padding=1).to(dtype)(small)
+    Conv2d(8, 16, 3, padding=1, stride=2).to(dtype)(small)
     with torch.enable_grad():
         conv(small)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: False)
     conv(small)
     assert len(asked) == 1
 
@@ -60,7 +65,7 @@ def maps(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def ordered(*args: int, dtype: torch.dtype = torch.float32, **kwargs: object) -> Conv2d:
-    if not can_pack(dtype):
+    if not has_operators(dtype):
         pytest.skip(f"this processor orders no {dtype} weights")
     return Conv2d(*args, **kwargs).requires_grad_(False).to(dtype, memory_format=torch.channels_last)  # type: ignore[arg-type,call-overload]
 

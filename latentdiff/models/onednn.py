@@ -1,0 +1,137 @@
+"""Products of a CPU that do what follows them before they store: oneDNN's, by the operators that torch's compiler calls."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+enabled = True  # the benchmark's ladder stands on both rungs
+LARGE = 1 << 17  # numbers; a pass over fewer takes no longer than calling these operators in the place of torch's usual ones
+
+
+def takes(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether `linear` may stand for these layers' own products of x, or of something like it.
+
+    In bfloat16, where torch's are oneDNN's too (float32's are often faster by another library); where nothing is to be learnt; and
+    for plain layers to which nobody listens by themselves.
+    """
+    return (
+        x.dtype == torch.bfloat16
+        and is_large(x)
+        and works_on(x)
+        and all(type(layer) is nn.Linear and layer.weight.dtype == x.dtype and not listened_to(layer) for layer in layers)
+    )
+
+
+def is_large(x: Tensor) -> bool:
+    return x.numel() >= LARGE
+
+
+def works_on(x: Tensor) -> bool:
+    """Not where a gradient is wanted, nor where a compiler sees all of the network and does it by itself."""
+    return (
+        enabled
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and has_operators(x.dtype)
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def listened_to(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+@cache
+def has_operators(dtype: torch.dtype) -> bool:
+    """Whether kernels here take weights in an order of their own: oneDNN's on x86, if this torch has its (private) operators."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    orders = hasattr(getattr(torch._C, "_nn", None), "mkldnn_reorder_conv2d_weight")
+    if not (orders and all(hasattr(torch.ops.mkldnn, name) for name in ("_convolution_pointwise", "_linear_pointwise"))):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has AVX512-BF16 or AMX. Torch tells; an older one only by names that are not public."""
+    return has("avx512_bf16", "_is_avx512_bf16_supported") or has_amx()
+
+
+@torch.compiler.assume_constant_result
+def has_amx() -> bool:
+    """Whether the CPU multiplies in tiles, as Intel's of 2023 and later do: 5 to 10 times as fast as in vectors."""
+    return has("amx_bf16", "_is_amx_tile_supported")
+
+
+def has(ability: str, older: str) -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get(ability))
+    return bool(getattr(torch.cpu, older, bool)())
+
+
+def linear(
+    x: Float[Tensor, "*b c"],
+    weight: Float[Tensor, "out c"],
+    bias: Float[Tensor, " out"] | None,
+    *,
+    gelu: bool = False,
+    add: Float[Tensor, "*b out"] | None = None,
+    times: Float[Tensor, "*b out"] | None = None,
+) -> Float[Tensor, "*b out"]:
+    """x weight^T + bias, or GELU of it, or added to or multiplied with something."""
+    run = torch.ops.mkldnn._linear_pointwise
+    if add is not None:
+        return run.binary(x, add, weight, bias, "add")
+    if times is not None:
+        return run.binary(x, times, weight, bias, "mul")
+    return run.default(x, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
+
+
+def feed_forward(
+    inner: nn.Linear, outer: nn.Linear, x: Float[Tensor, "b n c"], other: Float[Tensor, "b n c"]
+) -> Float[Tensor, "b n c"]:
+    """other + outer(half of inner(x), gated by the GELU of the other half).
+
+    So few rows at once that their many channels stay in the processor's cache: to store them all takes longer than the products.
+    """
+    hidden = outer.in_features
+    values, gates = inner.weight.split(hidden)
+    of_values, of_gates = (None, None) if inner.bias is None else inner.bias.split(hidden)
+
+    def made(x: Tensor, other: Tensor) -> Tensor:
+        y = linear(x, values, of_values, times=linear(x, gates, of_gates, gelu=True))
+        return linear(y, outer.weight, outer.bias, add=other)
+
+    parts = -(-x[..., 0].numel() * hidden // 2**20)  # 2 MiB each
+    if parts == 1:
+        return made(x, other)
+    rows, others, out = x.flatten(0, 1), other.flatten(0, 1), torch.empty_like(other)
+    for some, beside, into in zip(rows.chunk(parts), others.chunk(parts), out.flatten(0, 1).chunk(parts), strict=True):
+        into.copy_(made(some, beside))
+    return out
+
+
+def convolution(
+    x: Float[Tensor, "b c h w"],
+    weight: Tensor,
+    bias: Float[Tensor, " out"] | None,
+    *where: object,
+    add: Float[Tensor, "b out h2 w2"] | None = None,
+) -> Float[Tensor, "b out h2 w2"]:
+    """The convolution of a channels-last map, added to something; `where`: padding, stride, dilation, groups."""
+    run = torch.ops.mkldnn._convolution_pointwise
+    if add is not None:
+        return run.binary(x, add, weight, bias, *where, "add", 1.0, None, [], None)
+    return run.default(x, weight, bias, *where, "none", [], "")
+
+
+def ordered(weight: Tensor, shape: torch.Size, *where: object) -> Tensor:
+    """A copy of a convolution's weights in the order in which its kernel reads them, for inputs of this shape."""
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *where, shape)  # pyright: ignore
