@@ -20,6 +20,7 @@ from latentdiff.models.float8 import quantise
 from latentdiff.models.graphs import Graphed, GraphedDecoder
 from latentdiff.models.narrow import Width, narrow
 from latentdiff.models.onednn import multiplies_bfloat16
+from latentdiff.models.recorded import Recorded, is_small
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 
@@ -92,7 +93,7 @@ def ready(
         quantise(unet)
     if weights is not None:
         narrow(unet, weights)
-    if device.type == "cuda" and not float8:
+    if (device.type == "cuda" or is_small(unet)) and not float8 and weights is None:
         for attention in (m for m in unet.modules() if isinstance(m, Attention) and not m.cross):
             attention.join()
     if compile:
@@ -109,10 +110,14 @@ def ready(
 
 
 def network(unet: UNet, compile: bool) -> Network | None:
-    """What runs in the U-Net's place: compiled, and on CUDA recorded; None where nothing is to be gained."""
+    """What runs in the U-Net's place: compiled, or recorded, on CUDA both; None where nothing is to be gained."""
     device = next(unet.parameters()).device
     runs = torch.compile(unet, **compile_options(device)) if compile else unet
-    return Graphed(runs) if device.type == "cuda" else runs if compile else None  # type: ignore[return-value]
+    if device.type == "cuda":
+        return Graphed(runs)  # type: ignore[arg-type]
+    if compile:
+        return runs  # type: ignore[return-value]
+    return Recorded(unet) if is_small(unet) else None
 
 
 def compile_options(device: torch.device) -> dict[str, Any]:

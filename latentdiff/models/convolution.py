@@ -88,13 +88,17 @@ class Conv2d(nn.Conv2d):
 
         torch counts changes in place, but for those through `.data`: a sample tells of them.
         """
-        weight, n = self.weight.detach(), self.weight.numel()
-        sample = weight.as_strided((min(n, 16),), (max(1, n // 16),)).tolist()
-        state, found = (weight.data_ptr(), self.weight._version, sample), self._ordered.get(shape)
+        weight = self.weight.detach()
+        state, found = (weight.data_ptr(), self.weight._version, self.sample().tolist()), self._ordered.get(shape)
         if found is None or found[0] != state:
             found = state, onednn.ordered(weight, shape, *where)
             self._ordered = dict([*self._ordered.items()][-3:]) | {shape: found}
         return found[1]
+
+    def sample(self) -> Float[Tensor, " n"]:
+        """Sixteen of the weights, or all if there are fewer."""
+        n = self.weight.numel()
+        return self.weight.detach().as_strided((min(n, 16),), (max(1, n // 16),))
 
     def is_faster_as_product(self, x: Tensor, positions: int) -> bool:
         """Measured in float32 with AVX2, in bfloat16 with AMX; with AVX-512 alone, torch's products are the slower ones."""

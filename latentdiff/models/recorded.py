@@ -1,0 +1,173 @@
+"""A small U-Net on a CPU, whose operations are written down once for each shape of its inputs and then called one after the other.
+
+A step of the embedded model is some 480 operations. To find out which, module by module, takes Python a third of the step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from latentdiff.models.attention import KeysValues
+from latentdiff.models.convolution import Conv2d
+from latentdiff.models.unet import UNet, halves_alike
+
+KEPT = 4  # recordings; each holds little but names
+SMALL = 200_000_000  # weights, at most
+PLACES = 4096  # of all maps of a batch, at most: on larger ones the operations themselves take the time
+
+
+def is_small(network: nn.Module) -> bool:
+    """Whether, on a CPU, a step's operations take so little time that finding out which they are counts."""
+    weights = [*network.parameters()]
+    return weights[0].device.type == "cpu" and sum(w.numel() for w in weights) <= SMALL
+
+
+class Changed(Exception):
+    """A number that decided which operations run is another one than when they were written down."""
+
+
+class Calls(TorchDispatchMode):
+    """Writes down each operation that runs, as a line of a function of `inputs`.
+
+    What is made of weights alone (a view of them, their order for a kernel) is kept and not made again.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]):
+        super().__init__()
+        self.arguments = [f"x{i}" for i in range(len(inputs))]
+        self.names = dict(zip(map(id, inputs), self.arguments, strict=True))  # of what depends on the inputs
+        self.weights: set[int] = set()  # what is made of them alone
+        self.seen: list[Any] = [*inputs]  # holds all tensors, since an id is good for as long as its owner lives
+        self.lines: list[tuple[str, list[str], list[str]]] = []  # text, names made, names used
+        self.constants: dict[str, Any] = {"Changed": Changed}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
+        self.seen += made
+        used = [self.names[id(x)] for x in given if id(x) in self.names]
+        if given and not used and all(isinstance(x, nn.Parameter) or id(x) in self.weights for x in given):
+            self.weights |= {id(x) for x in made}
+            return out
+        parts = [self.text(x) for x in args] + [f"{name}={self.text(x)}" for name, x in (kwargs or {}).items()]
+        call = f"{self.constant(getattr(operation, '_op', operation))}({', '.join(parts)})"
+        if made:
+            several = isinstance(out, tuple | list)
+            results = [f"y{len(self.lines)}_{i}" for i in range(len(out) if several else 1)]
+            self.names |= {id(x): name for x, name in zip(out if several else [out], results, strict=True) if isinstance(x, Tensor)}
+            self.lines.append((f"{', '.join(results)}{',' * several} = {call}", results, used))
+        else:  # a number by which Python may decide what runs next
+            self.lines.append((f"if {call} != {self.constant(out)}: raise Changed", [], used))
+        return out
+
+    def text(self, value: Any) -> str:
+        if isinstance(value, tuple | list) and any(id(x) in self.names for x in value):
+            return f"[{', '.join(self.text(x) for x in value)}]"
+        return self.names.get(id(value)) or self.constant(value)
+
+    def constant(self, value: Any) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def function(self, out: Tensor) -> Callable[..., Tensor]:
+        """The operations from the inputs to `out`; each result is given up after its last use."""
+        body, needed = [f"return {self.names[id(out)]}"], {self.names[id(out)], *self.arguments}
+        for line, made, used in reversed(self.lines):
+            over = {*made, *used} - needed
+            body += [f"del {', '.join(sorted(over))}"] * bool(over) + [line]
+            needed |= over
+        space = dict(self.constants)
+        exec("\n    ".join([f"def run({', '.join(self.arguments)}):", *reversed(body)]), space)
+        return space["run"]
+
+
+class State:
+    """Tells whether a network is still what it was: its modules, its weights, and nobody who listens to a part of it."""
+
+    def __init__(self, network: nn.Module):
+        modules = list(network.modules())
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
+        self.samples = [m.sample() for m in modules if isinstance(m, Conv2d)]
+        self.held = [*self.parts()]  # an id is good for as long as its owner lives
+        self.was, self.numbers = self.now(), torch.cat(self.samples)
+
+    def parts(self) -> Iterator[Any]:
+        return chain.from_iterable(table.values() for table in self.tables)
+
+    def now(self) -> list[Any]:
+        """Versions tell of changes in place, but for those through `.data`: of these the samples tell."""
+        weights = [x for x in self.parts() if isinstance(x, Tensor)]
+        return [*map(id, self.parts()), *[(0 if x.is_inference() else x._version, x.data_ptr()) for x in weights]]
+
+    def holds(self) -> bool:
+        return self.now() == self.was and torch.equal(torch.cat(self.samples), self.numbers)
+
+    def is_heard(self) -> bool:
+        return any(self.hooks) or bool(torch.nn.modules.module._has_any_global_hook())
+
+
+@dataclass
+class Recording:
+    state: State
+    run: Callable[..., Tensor]
+    prompt: list[KeysValues]  # on which it ran last
+
+
+class Recorded:
+    """Takes a U-Net's place in the loop. The same operations on the same numbers: to the last bit the same result.
+
+    What a recording cannot hold, or not with profit, runs as ever: other attention or merging, a prompt that is not yet keys and
+    values, training, parts to which somebody listens, large maps. A network changed since its last prompt is written down anew.
+    """
+
+    def __init__(self, unet: UNet):
+        self.unet, self.lock = unet, threading.Lock()
+        self.known: OrderedDict[Any, Recording] = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        return Recorded, (self.unet,)  # copies write down their own
+
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None = None, **seams: Any
+    ) -> Tensor:
+        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.numel() > PLACES * x.shape[1]
+        if seams or plain or isinstance(context, Tensor):
+            return self.unet(x, t, context, vector, **seams)
+        inputs = [x, t, *([] if vector is None else [vector]), *[part for pair in context for part in pair]]
+        key = halves_alike(x), *[(i.shape, i.stride(), i.dtype) for i in inputs[:4]]
+        with self.lock:
+            known = self.known.get(key)
+            if known is None or (known.prompt is not context and not known.state.holds()):
+                return self.record(key, inputs, context, vector)
+            known.prompt = context
+            self.known.move_to_end(key)
+        if not known.state.is_heard():
+            try:
+                return known.run(*inputs)
+            except Changed:
+                pass
+        return self.unet(x, t, context, vector)
+
+    def record(self, key: Any, inputs: list[Tensor], context: list[KeysValues], vector: Tensor | None) -> Tensor:
+        state, run = State(self.unet), partial(self.unet, inputs[0], inputs[1], context, vector)
+        if state.is_heard() or len({*map(id, inputs)}) < len(inputs):
+            return run()
+        with Calls(inputs) as calls:
+            out = run()
+        self.known[key] = Recording(state, calls.function(out), context)
+        if len(self.known) > KEPT:
+            self.known.popitem(last=False)
+        return out

@@ -1,0 +1,334 @@
+"""A network whose operations are written down gives what it gives module by module, to the last bit, and hears of every change."""
+
+import copy
+import threading
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentdiff import loading
+from latentdiff.loading import ready
+from latentdiff.models import recorded
+from latentdiff.models.attention import sdpa
+from latentdiff.models.recorded import Calls, Changed, Recorded
+from latentdiff.models.unet import UNet, UNetConfig
+
+CPU = torch.device("cpu")
+CONFIG = UNetConfig(
+    block_out_channels=(8, 16), layers_per_block=1, attention=(True, True), transformer_layers=(1, 1), heads=(2, 2), context_dim=12,
+    norm_groups=4, vector_dim=6,
+)  # fmt: skip
+
+
+def network(dtype: torch.dtype = torch.float32) -> UNet:
+    torch.manual_seed(0)
+    unet = UNet(CONFIG).eval().requires_grad_(False)
+    return unet.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def unet() -> UNet:
+    return network()
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[int]:
+    """One entry for each call of a U-Net module by module."""
+    calls, forward = [], UNet.forward
+    monkeypatch.setattr(
+        UNet, "forward", lambda unet, x, *args, **kwargs: (calls.append(len(x)), forward(unet, x, *args, **kwargs))[1]
+    )
+    return calls
+
+
+def inputs(unet: UNet, seed: int = 0, batch: int = 2, size: int = 8, alike: bool = False):
+    generator, dtype = torch.Generator().manual_seed(seed), next(unet.parameters()).dtype
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+    prompt = unet.project_context(draw(batch, 5, 12))
+    x = draw(batch, 4, size, size)
+    return (x[:1].repeat(batch, 1, 1, 1) if alike else x), torch.full((batch,), 500.0 + seed), prompt, draw(batch, 6)
+
+
+def same(net: Recorded, *given, **seams) -> None:
+    assert torch.equal(net(*given, **seams), net.unet(*given, **seams))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_gives_the_same_for_other_numbers(dtype, mode, forwards):
+    unet = network(dtype)
+    net = Recorded(unet)
+    with mode():
+        calls = [inputs(unet, seed) for seed in range(3)]
+        expected = [unet(*call) for call in calls]
+        before = len(forwards)
+        found = [net(*call) for call in [*calls, *calls]]
+    assert len(forwards) == before + 1
+    assert len(net.known) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, [*expected, *expected], strict=True))
+
+
+@torch.no_grad()
+def test_every_shape_has_its_own_and_few_are_kept(unet, forwards):
+    net = Recorded(unet)
+    shapes = [{"batch": b, "size": s, "alike": a} for b, s in ((1, 8), (2, 8), (3, 8), (2, 6)) for a in (True, False)]
+    for shape in shapes:
+        same(net, *inputs(unet, **shape))
+    assert len(net.known) == recorded.KEPT
+    before = len(forwards)
+    net(*inputs(unet, seed=3, **shapes[-1]))
+    assert len(forwards) == before
+    times = unet.embed_grid([500.0], torch.randn(2, 6), 2, next(unet.parameters()))[500.0]
+    x, _, prompt, vector = inputs(unet)
+    same(net, x, times, prompt, vector)
+
+
+@torch.no_grad()
+def test_numbers_that_decide_are_looked_at_again(unet):
+    """Halves that were alike when it was written down: their work is done once, which would be wrong where they differ."""
+    with Calls([*(x := inputs(unet, alike=True))[:2], *(flat := [part for pair in x[2] for part in pair]), x[3]]) as calls:
+        out = unet(*x)
+    run = calls.function(out)
+    assert torch.equal(run(x[0], x[1], *flat, x[3]), out)
+    with pytest.raises(Changed):
+        run(torch.randn_like(x[0]), x[1], *flat, x[3])
+    net = Recorded(unet)
+    net(*x)
+    same(net, x[0], torch.tensor([500.0, 400.0]), x[2], x[3])  # the same shapes, but the times of the halves differ
+    same(net, *inputs(unet, seed=1, alike=True))
+
+
+CHANGES = {
+    "in place": lambda unet: unet.conv_out.bias.add_(1),
+    "of a convolution": lambda unet: unet.mid_block.resnets[0].conv1.weight.mul_(2),
+    "through data": lambda unet: unet.mid_block.resnets[0].conv1.weight.data.mul_(2),
+    "new weights": lambda unet: setattr(unet.conv_out, "bias", nn.Parameter(torch.ones(4))),
+    "state": lambda unet: unet.load_state_dict({k: v + 1 for k, v in unet.state_dict().items()}),
+    "state, assigned": lambda unet: unet.load_state_dict({k: v + 1 for k, v in unet.state_dict().items()}, assign=True),
+    "data": lambda unet: setattr(unet.conv_out.bias, "data", torch.ones(4)),
+    "module": lambda unet: setattr(unet.mid_block, "attentions", copy.deepcopy(unet.mid_block.attentions).apply(loud)),
+    "foreach": lambda unet: torch._foreach_lerp_([*unet.parameters()], [torch.zeros_like(p) for p in unet.parameters()], 0.5),  # type: ignore[attr-defined]
+    "hook": lambda unet: unet.mid_block.resnets[1].conv2.register_forward_hook(lambda _layer, _inputs, out: 2 * out),
+    "hook before": lambda unet: unet.register_forward_pre_hook(lambda _layer, inputs: (2 * inputs[0], *inputs[1:])),
+}
+
+
+def loud(layer: nn.Module) -> None:
+    for weight in layer._parameters.values():
+        if weight is not None:
+            weight.mul_(3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_network_is_heard(change, dtype, forwards):
+    unet = network(dtype)
+    net, given = Recorded(unet), inputs(unet)
+    before = net(*given)
+    net(*given)
+    result = CHANGES[change](unet)
+    unet.to(dtype)
+    x, t, prompt, vector = given
+    prompt = [*prompt]  # another run's
+    assert not torch.equal(net(x, t, prompt, vector), before)
+    same(net, x, t, prompt, vector)
+    if change.startswith("hook"):
+        result.remove()
+        assert torch.equal(net(x, t, prompt, vector), before)
+    calls = len(forwards)
+    net(x, t, prompt, vector)
+    assert len(forwards) == calls
+
+
+@torch.no_grad()
+def test_who_listens_is_called_once_a_step(unet):
+    heard = []
+    unet.register_forward_hook(lambda *_: heard.append(1))
+    net = Recorded(unet)
+    for count in range(1, 4):
+        net(*inputs(unet))
+        assert len(heard) == count
+    assert not net.known
+
+
+@torch.no_grad()
+def test_inputs_of_all_kinds(unet, forwards):
+    net, (x, t, prompt, vector) = Recorded(unet), inputs(unet)
+    net(nn.Parameter(x), t, prompt, vector)
+    same(net, nn.Parameter(2 * x), t, prompt, vector)
+    one = [(keys, keys) for keys, _ in prompt]
+    same(net, x.repeat(2, 1, 1, 1), t.repeat(2), [(k.repeat(2, 1, 1, 1),) * 2 for k, _ in prompt], vector.repeat(2, 1))
+    assert len(net.known) == 1
+    same(net, x, t, one, vector)
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        unet = network(torch.bfloat16)
+        net = Recorded(unet)
+        for seed in range(2):
+            same(net, *inputs(unet, seed))
+        unet.conv_out.weight.mul_(2)
+        same(net, *inputs(unet, seed=3))
+
+
+@torch.no_grad()
+def test_a_copy_has_a_network_of_its_own(unet):
+    net = Recorded(unet)
+    net(*inputs(unet))
+    twin, own = copy.deepcopy((net, unet))
+    assert twin.unet is own
+    own.conv_out.bias.add_(1)
+    same(twin, *inputs(unet))
+    same(net, *inputs(unet))
+    assert not torch.equal(twin(*inputs(unet)), net(*inputs(unet)))
+
+
+def test_what_cannot_be_written_down_runs_as_ever(unet, forwards, monkeypatch):
+    net, (x, t, prompt, vector) = Recorded(unet), inputs(unet)
+    x.requires_grad_()
+    net(x, t, prompt, vector).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        seen = []
+        net(x, t, prompt, vector, attend=lambda q, k, v, site: seen.append(site) or sdpa(q, k, v, site))
+        assert len(seen) == 2 * unet.cross_attentions
+        same(net, x, t, torch.randn(2, 5, 12), vector)
+        with torch.autocast("cpu", torch.bfloat16):
+            same(net, x, t, prompt, vector)
+        monkeypatch.setattr(recorded, "PLACES", 2 * 8 * 8 - 1)
+        same(net, x, t, prompt, vector)
+        assert not net.known
+        assert len(forwards) == 8
+        monkeypatch.setattr(recorded, "PLACES", 2 * 8 * 8)
+        same(net, x, t, prompt, vector)
+        assert net.known
+
+
+@torch.no_grad()
+def test_threads_share_one(unet):
+    net, calls = Recorded(unet), [inputs(unet, seed, batch=1 + seed % 3) for seed in range(6)]
+    expected, found = [unet(*call) for call in calls], [[None] * 6 for _ in range(4)]
+
+    @torch.no_grad()
+    def work(mine):
+        for _ in range(5):
+            for i, call in enumerate(calls):
+                mine[i] = net(*call)
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for mine in found for a, b in zip(mine, expected, strict=True))
+
+
+# -- what is written down --
+
+
+def written(f, *given: torch.Tensor):
+    with torch.no_grad(), Calls(given) as calls:
+        out = f(*given)
+    return calls, calls.function(out)
+
+
+def test_results_are_given_up_after_their_last_use():
+    class Alive(TorchDispatchMode):
+        most = 0
+
+        def __init__(self):
+            super().__init__()
+            self.made = []
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            out = operation(*args, **(kwargs or {}))
+            self.made.append(weakref.ref(out))
+            self.most = max(self.most, sum(ref() is not None for ref in self.made))
+            return out
+
+    def f(x):
+        for _ in range(20):
+            x = (x + 1).sin()
+        return x
+
+    x = torch.randn(100)
+    _, run = written(f, x)
+    with Alive() as alive:
+        y = run(x)
+    assert torch.equal(y, f(x))
+    assert len(alive.made) == 40
+    assert alive.most <= 3
+
+
+def test_what_is_made_of_weights_alone_is_made_once():
+    layer = nn.Linear(4, 6)
+    calls, run = written(lambda x: x @ layer.weight.split(3)[0].T.contiguous() + layer.bias[:3], torch.randn(2, 4))
+    names = [line.split(" = ")[1] for line, *_ in calls.lines]
+    assert len(names) == 2
+    layer.bias.data += 1  # a view of it is one still
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(run(x), (x @ layer.weight[:3].T + layer.bias[:3]).detach())
+
+
+def test_operations_in_place_lists_and_several_results():
+    def f(x, y):
+        a, b = x.chunk(2)
+        c = torch.cat([a, y, b]).clone()
+        c[1:].add_(torch.arange(3.0)).relu_()
+        values, _ = c.sort(dim=-1, descending=True)
+        return values * torch.full((1,), 2.0) if (x.sum() > 0).item() else values
+
+    x, y = torch.rand(2, 3), torch.randn(2, 3)
+    _, run = written(f, x, y)
+    other = torch.rand(2, 3)
+    assert torch.equal(run(x, y), f(x, y))
+    assert torch.equal(run(x, other), f(x, other))
+    with pytest.raises(Changed):
+        run(-x, y)
+    shared = torch.ones(1)
+    _, run = written(lambda x: x + shared if bool(shared > 0) else x, x)
+    assert torch.equal(run(x), x + 1)
+    shared.neg_()
+    with pytest.raises(Changed):
+        run(x)
+
+
+# -- in a pipeline --
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pipeline_draws_the_same(tiny_parts, dtype, forwards):
+    pipe = ready(tiny_parts(), CPU, dtype)
+    assert isinstance(pipe.network, Recorded)
+    plain = replace(pipe, network=None)
+
+    def last(pipe, **options):
+        *_, step = pipe.stream("a cat", **{"steps": 4, "seed": 3, "guidance": 5.0} | options)
+        return step.x
+
+    cases = [{}, {"n": 2, "guidance": 1.0}, {"n": 3, "batch": 2}, {"sampler": "heun"}, {"negative": "a dog"}, {"size": (48, 32)}]
+    cases += [{}, {"image": Image.new("RGB", (32, 32), "red"), "strength": 0.5}, {"guidance": "cfg(5) + pag(2)"}]
+    for options in cases:
+        forwards.clear()
+        found = last(pipe, **options)
+        count = len(forwards)
+        assert torch.equal(found, last(plain, **options)), options
+        if options == {}:
+            assert count <= 1
+
+
+def test_only_small_networks_on_a_cpu_are_written_down(tiny_parts, monkeypatch):
+    assert isinstance(ready(tiny_parts(), CPU, torch.float32, weights="int8").network, Recorded)
+    assert not isinstance(ready(tiny_parts(), CPU, torch.float32, cache=2).network, Recorded)
+    assert not isinstance(ready(tiny_parts(), CPU, torch.float32, compile=True).network, Recorded)
+    assert not isinstance(loading.network(tiny_parts().unet.to("meta"), False), Recorded)
+    monkeypatch.setattr(recorded, "SMALL", 1000)
+    assert ready(tiny_parts(), CPU, torch.float32).network is None
