@@ -193,7 +193,7 @@ def test_ladder_tells_the_difference_of_every_rung(monkeypatch):
     found = {r.name: r.difference for r in ladder(parts.spec, parts.unet, CPU, torch.bfloat16, seconds=0.0, compiled=False)}
     assert list(found) == [
         "float32", "channels-last", "bfloat16", "keys, values and time once", "best attention", "shared halves",
-        "oneDNN's own operators",
+        "oneDNN's own operators", "operations written down",
     ]  # fmt: skip
     assert found["float32"] == 0
     assert found["channels-last"] < 1e-5
@@ -203,7 +203,8 @@ def test_ladder_tells_the_difference_of_every_rung(monkeypatch):
     for name, value in (("light", 0), ("heavy", 1)):  # all of them as products
         monkeypatch.setattr(Conv2d, name, value)
     found = ladder(parts.spec, parts.unet, CPU, torch.float32, seconds=0.0, compiled=False)
-    assert [r.name for r in found][-2:] == ["shared halves", "oneDNN's own operators"]
+    assert [r.name for r in found][-3:] == ["shared halves", "oneDNN's own operators", "operations written down"]
+    assert found[-1].difference == found[-2].difference
     assert all(r.difference < 1e-5 for r in found)
     assert onednn.enabled
 

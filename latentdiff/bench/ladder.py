@@ -16,6 +16,7 @@ from latentdiff.bench.timing import Times, in_turns
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.models import onednn
 from latentdiff.models.attention import Site, sdpa
+from latentdiff.models.recorded import Recorded, is_small
 from latentdiff.models.unet import UNet
 
 
@@ -91,6 +92,8 @@ def steps(spec: ModelSpec, unet: UNet, device: torch.device, dtype: torch.dtype,
     rungs["shared halves"] = Step(last, context, vector, once=True, attend=sdpa)
     if device.type == "cpu":
         rungs["oneDNN's own operators"] = Step(last, context, vector, once=True, attend=sdpa, onednn=True)
+    if is_small(last):
+        rungs["operations written down"] = Step(last, context, vector, once=True, network=Recorded(last))
     if compiled:
         network = torch.compile(last, fullgraph=True)
         rungs["compiled"] = Step(last, context, vector, once=True, network=network)
