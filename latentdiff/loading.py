@@ -20,7 +20,7 @@ from latentdiff.models.float8 import quantise
 from latentdiff.models.graphs import Graphed, GraphedDecoder
 from latentdiff.models.narrow import Width, narrow
 from latentdiff.models.onednn import multiplies_bfloat16
-from latentdiff.models.recorded import Recorded, is_small
+from latentdiff.models.recorded import Recorded, RecordedDecoder, is_small
 from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 
@@ -93,7 +93,8 @@ def ready(
         quantise(unet)
     if weights is not None:
         narrow(unet, weights)
-    if (device.type == "cuda" or is_small(unet)) and not float8 and weights is None:
+    small = is_small(unet)
+    if (device.type == "cuda" or small) and not float8 and weights is None:
         for attention in (m for m in unet.modules() if isinstance(m, Attention) and not m.cross):
             attention.join()
     if compile:
@@ -105,7 +106,7 @@ def ready(
         spec=parts.spec,
         title=parts.title,
         network=Cached(unet, cache) if cache > 1 else network(unet, compile),
-        decoder=GraphedDecoder(vae) if device.type == "cuda" else None,
+        decoder=GraphedDecoder(vae) if device.type == "cuda" else RecordedDecoder(vae) if small and not compile else None,
     )
 
 

@@ -26,6 +26,7 @@ from latentdiff.diffusion.samplers import Randn, Step
 from latentdiff.images import Images, Picture
 from latentdiff.models.caching import Cached
 from latentdiff.models.graphs import GraphedDecoder
+from latentdiff.models.recorded import RecordedDecoder
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
 from latentdiff.models.vae_tiny import TinyVAE
@@ -88,7 +89,7 @@ class Pipeline:
     spec: ModelSpec
     title: str
     network: Network | None = None  # what runs in the loop in the U-Net's place: the U-Net compiled, recorded
-    decoder: GraphedDecoder | None = None  # and in the place of its VAE's `decode`: the same, recorded
+    decoder: GraphedDecoder | RecordedDecoder | None = None  # and in the place of its VAE's `decode`: the same, recorded
 
     @cached_property
     def schedule(self) -> schedules.NoiseSchedule:

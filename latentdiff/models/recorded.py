@@ -1,4 +1,4 @@
-"""A small U-Net on a CPU, whose operations are written down once for each shape of its inputs and then called one after the other.
+"""Small networks on a CPU: operations are written down once for each shape of the inputs and then called one after the other.
 
 A step of the embedded model is some 480 operations. To find out which, module by module, takes Python a third of the step.
 """
@@ -123,19 +123,57 @@ class State:
 class Recording:
     state: State
     run: Callable[..., Tensor]
-    prompt: list[KeysValues]  # on which it ran last
+    occasion: object  # of its last run
+
+
+class Recordings:
+    """Those of one network, which threads may share. Where it is not what it was, it is written down anew."""
+
+    def __init__(self, network: nn.Module):
+        self.network, self.lock = network, threading.Lock()
+        self.known: OrderedDict[Any, Recording] = OrderedDict()
+
+    def run(self, inputs: list[Tensor], call: Callable[[], Tensor], *, alike: bool = False, occasion: object = None) -> Tensor:
+        """call(), which depends on nothing but the inputs and the network; by itself, if somebody listens to a part of that.
+
+        alike: whether halves of the inputs are. occasion: while it is the same object, the network is taken not to change.
+        """
+        key = alike, *[(x.shape, x.stride(), x.dtype) for x in inputs[:4]]
+        with self.lock:
+            known = self.known.get(key)
+            same = known is not None and occasion is not None and known.occasion is occasion
+            if known is None or not (same or known.state.holds()):
+                return self.record(key, inputs, call, occasion)
+            known.occasion = occasion
+            self.known.move_to_end(key)
+        if not known.state.is_heard():
+            try:
+                return known.run(*inputs)
+            except Changed:
+                pass
+        return call()
+
+    def record(self, key: Any, inputs: list[Tensor], call: Callable[[], Tensor], occasion: object) -> Tensor:
+        state = State(self.network)
+        if state.is_heard() or len({*map(id, inputs)}) < len(inputs):
+            return call()
+        with Calls(inputs) as calls:
+            out = call()
+        self.known[key] = Recording(state, calls.function(out), occasion)
+        if len(self.known) > KEPT:
+            self.known.popitem(last=False)
+        return out
 
 
 class Recorded:
     """Takes a U-Net's place in the loop. The same operations on the same numbers: to the last bit the same result.
 
     What a recording cannot hold, or not with profit, runs as ever: other attention or merging, a prompt that is not yet keys and
-    values, training, parts to which somebody listens, large maps. A network changed since its last prompt is written down anew.
+    values, training, large maps. Changes of the network are seen between one prompt and the next.
     """
 
     def __init__(self, unet: UNet):
-        self.unet, self.lock = unet, threading.Lock()
-        self.known: OrderedDict[Any, Recording] = OrderedDict()
+        self.unet, self.recordings = unet, Recordings(unet)
 
     def __reduce__(self) -> Any:
         return Recorded, (self.unet,)  # copies write down their own
@@ -143,31 +181,28 @@ class Recorded:
     def __call__(
         self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None = None, **seams: Any
     ) -> Tensor:
-        plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.numel() > PLACES * x.shape[1]
-        if seams or plain or isinstance(context, Tensor):
+        if seams or isinstance(context, Tensor) or not pays(x, PLACES):
             return self.unet(x, t, context, vector, **seams)
         inputs = [x, t, *([] if vector is None else [vector]), *[part for pair in context for part in pair]]
-        key = halves_alike(x), *[(i.shape, i.stride(), i.dtype) for i in inputs[:4]]
-        with self.lock:
-            known = self.known.get(key)
-            if known is None or (known.prompt is not context and not known.state.holds()):
-                return self.record(key, inputs, context, vector)
-            known.prompt = context
-            self.known.move_to_end(key)
-        if not known.state.is_heard():
-            try:
-                return known.run(*inputs)
-            except Changed:
-                pass
-        return self.unet(x, t, context, vector)
+        call = partial(self.unet, x, t, context, vector)
+        return self.recordings.run(inputs, call, alike=halves_alike(x), occasion=context)
 
-    def record(self, key: Any, inputs: list[Tensor], context: list[KeysValues], vector: Tensor | None) -> Tensor:
-        state, run = State(self.unet), partial(self.unet, inputs[0], inputs[1], context, vector)
-        if state.is_heard() or len({*map(id, inputs)}) < len(inputs):
-            return run()
-        with Calls(inputs) as calls:
-            out = run()
-        self.known[key] = Recording(state, calls.function(out), context)
-        if len(self.known) > KEPT:
-            self.known.popitem(last=False)
-        return out
+
+class RecordedDecoder:
+    """Takes the place of a VAE's `decode` in the same way. `vae` is whose place it takes."""
+
+    def __init__(self, vae: Any):
+        self.vae, self.recordings = vae, Recordings(vae)
+
+    def __reduce__(self) -> Any:
+        return RecordedDecoder, (self.vae,)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """z [b, c, h, w] to pictures."""
+        call = partial(self.vae.decode, z)
+        return self.recordings.run([z], call) if pays(z, PLACES // 4) else call()
+
+
+def pays(x: Tensor, places: int) -> bool:
+    infers = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return infers and x.numel() <= places * x.shape[1]

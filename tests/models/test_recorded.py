@@ -15,8 +15,9 @@ from latentdiff import loading
 from latentdiff.loading import ready
 from latentdiff.models import recorded
 from latentdiff.models.attention import sdpa
-from latentdiff.models.recorded import Calls, Changed, Recorded
+from latentdiff.models.recorded import Calls, Changed, Recorded, RecordedDecoder
 from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.vae import VAE
 
 CPU = torch.device("cpu")
 CONFIG = UNetConfig(
@@ -70,7 +71,7 @@ def test_it_gives_the_same_for_other_numbers(dtype, mode, forwards):
         before = len(forwards)
         found = [net(*call) for call in [*calls, *calls]]
     assert len(forwards) == before + 1
-    assert len(net.known) == 1
+    assert len(net.recordings.known) == 1
     assert all(torch.equal(a, b) for a, b in zip(found, [*expected, *expected], strict=True))
 
 
@@ -80,7 +81,7 @@ def test_every_shape_has_its_own_and_few_are_kept(unet, forwards):
     shapes = [{"batch": b, "size": s, "alike": a} for b, s in ((1, 8), (2, 8), (3, 8), (2, 6)) for a in (True, False)]
     for shape in shapes:
         same(net, *inputs(unet, **shape))
-    assert len(net.known) == recorded.KEPT
+    assert len(net.recordings.known) == recorded.KEPT
     before = len(forwards)
     net(*inputs(unet, seed=3, **shapes[-1]))
     assert len(forwards) == before
@@ -155,7 +156,7 @@ def test_who_listens_is_called_once_a_step(unet):
     for count in range(1, 4):
         net(*inputs(unet))
         assert len(heard) == count
-    assert not net.known
+    assert not net.recordings.known
 
 
 @torch.no_grad()
@@ -165,7 +166,7 @@ def test_inputs_of_all_kinds(unet, forwards):
     same(net, nn.Parameter(2 * x), t, prompt, vector)
     one = [(keys, keys) for keys, _ in prompt]
     same(net, x.repeat(2, 1, 1, 1), t.repeat(2), [(k.repeat(2, 1, 1, 1),) * 2 for k, _ in prompt], vector.repeat(2, 1))
-    assert len(net.known) == 1
+    assert len(net.recordings.known) == 1
     same(net, x, t, one, vector)
 
 
@@ -205,11 +206,11 @@ def test_what_cannot_be_written_down_runs_as_ever(unet, forwards, monkeypatch):
             same(net, x, t, prompt, vector)
         monkeypatch.setattr(recorded, "PLACES", 2 * 8 * 8 - 1)
         same(net, x, t, prompt, vector)
-        assert not net.known
+        assert not net.recordings.known
         assert len(forwards) == 8
         monkeypatch.setattr(recorded, "PLACES", 2 * 8 * 8)
         same(net, x, t, prompt, vector)
-        assert net.known
+        assert net.recordings.known
 
 
 @torch.no_grad()
@@ -305,6 +306,32 @@ def test_operations_in_place_lists_and_several_results():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_gives_the_same_pictures(tiny_parts, dtype, monkeypatch):
+    pipe = ready(tiny_parts(), CPU, dtype)
+    assert isinstance(pipe.decoder, RecordedDecoder)
+    plain, calls, decode = replace(pipe, decoder=None), [], VAE.decode
+    monkeypatch.setattr(VAE, "decode", lambda vae, z: (calls.append(len(z)), decode(vae, z))[1])
+    for seed in range(3):
+        z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(pipe.decode(z), plain.decode(z))
+    assert len(calls) == 4
+    pipe.vae.decoder.conv_out.bias.data += 1
+    assert torch.equal(pipe.decode(z), plain.decode(z))
+    pipe.vae.decoder.conv_out.bias.add_(1)
+    assert torch.equal(pipe.decode(z), plain.decode(z))
+    large = torch.randn(1, 4, 33, 32)
+    assert torch.equal(pipe.decode(large), plain.decode(large))
+    assert len(pipe.decoder.recordings.known) == 1
+    z.requires_grad_()
+    pipe.decoder(z.to(dtype)).sum().backward()
+    assert z.grad is not None
+    twin = copy.deepcopy(pipe)
+    assert twin.decoder.vae is twin.vae
+    assert twin.network.unet is twin.unet
+    assert torch.equal(twin.decode(z), pipe.decode(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pipeline_draws_the_same(tiny_parts, dtype, forwards):
     pipe = ready(tiny_parts(), CPU, dtype)
     assert isinstance(pipe.network, Recorded)
@@ -330,5 +357,7 @@ def test_only_small_networks_on_a_cpu_are_written_down(tiny_parts, monkeypatch):
     assert not isinstance(ready(tiny_parts(), CPU, torch.float32, cache=2).network, Recorded)
     assert not isinstance(ready(tiny_parts(), CPU, torch.float32, compile=True).network, Recorded)
     assert not isinstance(loading.network(tiny_parts().unet.to("meta"), False), Recorded)
+    assert ready(tiny_parts(), CPU, torch.float32, compile=True).decoder is None
     monkeypatch.setattr(recorded, "SMALL", 1000)
+    assert ready(tiny_parts(), CPU, torch.float32).decoder is None
     assert ready(tiny_parts(), CPU, torch.float32).network is None
