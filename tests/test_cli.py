@@ -165,14 +165,15 @@ def test_trainers_take_their_options_from_their_configuration(network, capsys):
 
 
 def test_the_command_from_outside_with_no_network(tiny_folder, tmp_path):
-    """As a user starts it: another folder, sockets blocked, and none of the packages that only training needs."""
+    """As a user starts it: another folder, sockets blocked, none of the packages that only training needs, and no compiler."""
     guard = tmp_path / "guard"
     guard.mkdir()
     (guard / "sitecustomize.py").write_text(
         "import socket, sys\n"
         "def blocked(*a, **k): raise RuntimeError('network')\n"
         "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = blocked\n"
-        "for name in ('torchvision', 'open_clip', 'transformers', 'accelerate', 'scipy', 'diffusers'): sys.modules[name] = None\n"
+        "absent = ('torchvision', 'open_clip', 'transformers', 'accelerate', 'scipy', 'diffusers', 'torch._dynamo')\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"
     )
     command = [
         sys.executable,

@@ -49,7 +49,7 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
-    in_tiles = q.device.type == "cpu" and q.dtype == torch.bfloat16 and onednn.has_amx()
+    in_tiles = q.device.type == "cpu" and q.dtype == torch.bfloat16 and onednn.AMX
     if in_tiles and q.shape[-2] >= 256 and k.shape[-2] < 512 and k.shape[-2] % 16:
         return filled_up(q, k, v)
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not in_tiles

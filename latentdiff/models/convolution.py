@@ -107,7 +107,7 @@ class Conv2d(nn.Conv2d):
         if (self.kernel_size, self.stride, self.padding) != ((3, 3), (1, 1), (1, 1)):
             return False
         if x.dtype == torch.bfloat16:
-            return onednn.has_amx()
+            return onednn.AMX
         return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 

@@ -56,20 +56,20 @@ def has_operators(dtype: torch.dtype) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has AVX512-BF16 or AMX. Torch tells; an older one only by names that are not public."""
-    return has("avx512_bf16", "_is_avx512_bf16_supported") or has_amx()
-
-
-@torch.compiler.assume_constant_result
-def has_amx() -> bool:
-    """Whether the CPU multiplies in tiles, as Intel's of 2023 and later do: 5 to 10 times as fast as in vectors."""
-    return has("amx_bf16", "_is_amx_tile_supported")
+    """Whether the CPU has AVX512-BF16 or AMX."""
+    return has("avx512_bf16", "_is_avx512_bf16_supported") or has("amx_bf16", "_is_amx_tile_supported")
 
 
 def has(ability: str, older: str) -> bool:
+    """Torch tells; an older one only by names that are not public."""
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get(ability))
     return bool(getattr(torch.cpu, older, bool)())
+
+
+# Whether the CPU multiplies in tiles, as Intel's of 2023 and later do: 5 to 10 times as fast as in vectors. A constant, since a
+# compiler looks at who asks.
+AMX = has("amx_bf16", "_is_amx_tile_supported")
 
 
 def linear(

@@ -52,6 +52,10 @@ class Calls(TorchDispatchMode):
         self.lines: list[tuple[str, list[str], list[str]]] = []  # text, names made, names used
         self.constants: dict[str, Any] = {"Changed": Changed}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler, which takes longer than a picture
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = operation(*args, **(kwargs or {}))
         given, made = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))

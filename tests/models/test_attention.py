@@ -40,7 +40,7 @@ def test_heads_are_consecutive_channels():
 @pytest.mark.parametrize(("queries", "keys", "width"), [(700, 700, 40), (64, 1030, 64), (513, 513, 24)])
 @torch.no_grad()
 def test_blocked_is_as_near_the_formula_as_torchs_own_in_bfloat16(queries, keys, width, sharpness, monkeypatch):
-    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: False)
+    monkeypatch.setattr("latentdiff.models.onednn.AMX", False)
     torch.manual_seed(0)
     q, k, v = sharpness * torch.randn(2, 3, queries, width), torch.randn(2, 3, keys, width), torch.randn(2, 3, keys, width)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
@@ -54,7 +54,7 @@ def test_blocked_is_as_near_the_formula_as_torchs_own_in_bfloat16(queries, keys,
 @torch.no_grad()
 def test_keys_filled_up_change_nothing(queries, keys, width, monkeypatch):
     asked = []
-    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: True)
+    monkeypatch.setattr("latentdiff.models.onednn.AMX", True)
     monkeypatch.setattr("latentdiff.models.attention.filled_up", lambda *args: asked.append(True) or filled_up(*args))
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, rows, 3, width).transpose(1, 2) for rows in (queries, keys, keys))
@@ -68,7 +68,7 @@ def test_keys_filled_up_change_nothing(queries, keys, width, monkeypatch):
 
 @torch.no_grad()
 def test_torchs_own_is_left_alone_where_tiles_are_full(monkeypatch):
-    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: True)
+    monkeypatch.setattr("latentdiff.models.onednn.AMX", True)
     for queries, keys in ((1024, 1024), (64, 77), (1024, 1000)):
         q, k = torch.randn(1, 2, queries, 40).bfloat16(), torch.randn(1, 2, keys, 40).bfloat16()
         assert torch.equal(sdpa(q, k, k, Site("anywhere", cross=True)), F.scaled_dot_product_attention(q, k, k))

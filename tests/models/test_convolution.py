@@ -41,7 +41,7 @@ def test_only_small_maps_with_many_channels_are_products(dtype, capability, amx,
     asked = []
     monkeypatch.setattr("latentdiff.models.convolution.product", lambda x, *rest: asked.append(x.shape) or x)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: amx)
+    monkeypatch.setattr("latentdiff.models.onednn.AMX", amx)
     monkeypatch.setattr(Conv2d, "light", 0)
     monkeypatch.setattr(Conv2d, "heavy", 9 * 8 * 8)
     monkeypatch.setattr(Conv2d, "products", 2 * 4 * 4)
@@ -55,7 +55,7 @@ def test_only_small_maps_with_many_channels_are_products(dtype, capability, amx,
     with torch.enable_grad():
         conv(small)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr("latentdiff.models.onednn.has_amx", lambda: False)
+    monkeypatch.setattr("latentdiff.models.onednn.AMX", False)
     conv(small)
     assert len(asked) == 1
 
