@@ -48,17 +48,19 @@ def big_product(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) 
     return best
 
 
-def best_time(run: Callable[[], Tensor], device: torch.device, seconds: float, most: int = 20) -> float:
-    """The shortest of several runs, after one that warms up.
-
-    On CUDA of recorded ones: to start a kernel can take longer than it runs.
-    """
+def best_time(run: Callable[[], Tensor], device: torch.device, seconds: float) -> float:
+    """The shortest of several runs; on CUDA of recorded ones, since to start a kernel can take longer than it runs."""
     times = 10 if device.type == "cuda" else 1
     again: Callable[[], object] = record(partial(repeat, run, times))[0] if device.type == "cuda" else run
-    clocked(again, device)
+    return shortest(again, device, seconds) / times
+
+
+def shortest(run: Callable[[], object], device: torch.device, seconds: float, most: int = 20) -> float:
+    """Seconds of the shortest of several runs in a row, after one that warms up."""
+    clocked(run, device)
     start, best, done = time.perf_counter(), float("inf"), 0
     while done < 2 or (done < most and time.perf_counter() - start < seconds):
-        best = min(best, clocked(again, device) / times)
+        best = min(best, clocked(run, device))
         done += 1
     return best
 
