@@ -208,5 +208,6 @@ class RecordedDecoder:
 
 
 def pays(x: Tensor, places: int) -> bool:
-    infers = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    return infers and x.numel() <= places * x.shape[1]
+    """Whether to write down what is done with x: nothing is to be learnt, nobody else watches, and it is small."""
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    return not watched and type(x) in (Tensor, nn.Parameter) and x.numel() <= places * x.shape[1]

@@ -192,6 +192,10 @@ def test_a_copy_has_a_network_of_its_own(unet):
     assert not torch.equal(twin(*inputs(unet)), net(*inputs(unet)))
 
 
+class Watched(torch.Tensor):
+    """Of a kind that may see or do more than numbers."""
+
+
 def test_what_cannot_be_written_down_runs_as_ever(unet, forwards, monkeypatch):
     net, (x, t, prompt, vector) = Recorded(unet), inputs(unet)
     x.requires_grad_()
@@ -204,6 +208,11 @@ def test_what_cannot_be_written_down_runs_as_ever(unet, forwards, monkeypatch):
         same(net, x, t, torch.randn(2, 5, 12), vector)
         with torch.autocast("cpu", torch.bfloat16):
             same(net, x, t, prompt, vector)
+        net(x.detach().as_subclass(Watched), t, prompt, vector)
+        compiled = torch.compile(lambda *given: net(*given), backend="eager")
+        torch.testing.assert_close(compiled(x, t, prompt, vector), unet(x, t, prompt, vector))
+        assert not net.recordings.known
+        forwards[:] = forwards[:6]
         monkeypatch.setattr(recorded, "PLACES", 2 * 8 * 8 - 1)
         same(net, x, t, prompt, vector)
         assert not net.recordings.known
