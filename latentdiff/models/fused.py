@@ -50,11 +50,11 @@ def group_norm(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"], *, silu: bool = 
     """norm(x), or its SiLU."""
     if fuses(x) and is_last(x):
         return kernels().group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
-    infers = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if infers and slow_on_cpu(norm, x):
+    alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or onednn.listened_to(norm))  # nobody else needs norm(x)
+    if alone and slow_on_cpu(norm, x):
         y = F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
         return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
-    return F.silu(norm(x), inplace=infers) if silu else norm(x)
+    return F.silu(norm(x), inplace=alone) if silu else norm(x)
 
 
 def slow_on_cpu(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"]) -> bool:

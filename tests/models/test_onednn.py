@@ -189,6 +189,19 @@ def test_hooks_hear_a_convolutions_own_output():
         torch.testing.assert_close(fused.conv_add(conv, x, other), expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_who_listens_to_a_norm_keeps_what_it_gave(dtype):
+    torch.manual_seed(0)
+    norm, x, heard = nn.GroupNorm(4, 8).to(dtype), last(1, 8, 4, 4, dtype=dtype), []
+    expected = fused.norm_silu(norm, x)
+    norm.register_forward_hook(lambda _layer, _inputs, out: heard.append(out))
+    y = fused.norm_silu(norm, x)
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(heard[0], norm(x))
+    assert torch.equal(F.silu(heard[0]), y)
+
+
 def test_other_modules_in_their_place():
     exact = outputs(torch.float32, lambda unet: narrow(unet, "bfloat16"))
     actual = outputs(torch.bfloat16, lambda unet: narrow(unet, "bfloat16"))
