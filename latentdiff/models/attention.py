@@ -60,7 +60,7 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def filled_up(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with keys to which nobody listens, up to a multiple of 16."""
+    """`sdpa`'s, with keys to which nobody listens, up to a multiple of 16; q [b, h, n, d], k and v [b, h, m, d]."""
     m = k.shape[-2]
     k, v = (F.pad(x, (0, 0, 0, -m % 16)) for x in (k, v))
     mask = q.new_zeros(k.shape[-2]).index_fill_(0, torch.arange(m, k.shape[-2]), -torch.inf)

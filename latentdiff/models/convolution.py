@@ -36,21 +36,12 @@ class Conv2d(nn.Conv2d):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ordered": {}}  # such an order can be neither copied nor stored
 
-    def forward(
-        self,
-        input: Float[Tensor, "b c h w"],
-        *,
-        biased: bool = True,
-        shift: Float[Tensor, " out"] | None = None,
-        other: Float[Tensor, "b out h2 w2"] | None = None,
-    ) -> Float[Tensor, "b out h2 w2"]:
-        """biased: with its bias; False only where `fused.fuses` says so, which adds it elsewhere.
-        shift: added to the bias, and other to the result; only where it `takes` the input.
-        """
+    def forward(self, input: Float[Tensor, "b c h w"], *, biased: bool = True) -> Float[Tensor, "b out h2 w2"]:
+        """biased: with its bias; False only where `fused.fuses` says so, which adds it elsewhere."""
         if fused.fuses(input) and fused.is_last(input):
             return self.on_gpu(input, self.bias if biased else None)
         if self.takes(input):
-            return self.on_cpu(input, shift, other)
+            return self.on_cpu(input)
         if torch.is_grad_enabled():
             self._ordered = {}  # what trains is not kept: a fused optimiser changes weights without counting it
         return super().forward(input)
@@ -74,7 +65,13 @@ class Conv2d(nn.Conv2d):
             and not isinstance(self.padding, str)
         )
 
-    def on_cpu(self, x: Float[Tensor, "b c h w"], shift: Tensor | None, other: Tensor | None) -> Float[Tensor, "b out h2 w2"]:
+    def on_cpu(
+        self,
+        x: Float[Tensor, "b c h w"],
+        shift: Float[Tensor, " out"] | None = None,
+        other: Float[Tensor, "b out h2 w2"] | None = None,
+    ) -> Float[Tensor, "b out h2 w2"]:
+        """The convolution with `shift` added to its bias, and `other` to its result."""
         bias = self.bias if shift is None else shift if self.bias is None else self.bias + shift
         positions = len(x) * x.shape[-2] * x.shape[-1]
         if self.is_faster_as_product(x, positions):
@@ -89,16 +86,11 @@ class Conv2d(nn.Conv2d):
         torch counts changes in place, but for those through `.data`: a sample tells of them.
         """
         weight = self.weight.detach()
-        state, found = (weight.data_ptr(), self.weight._version, self.sample().tolist()), self._ordered.get(shape)
+        state, found = (weight.data_ptr(), self.weight._version, sample(weight).tolist()), self._ordered.get(shape)
         if found is None or found[0] != state:
             found = state, onednn.ordered(weight, shape, *where)
             self._ordered = dict([*self._ordered.items()][-3:]) | {shape: found}
         return found[1]
-
-    def sample(self) -> Float[Tensor, " n"]:
-        """Sixteen of the weights, or all if there are fewer."""
-        n = self.weight.numel()
-        return self.weight.detach().as_strided((min(n, 16),), (max(1, n // 16),))
 
     def is_faster_as_product(self, x: Tensor, positions: int) -> bool:
         """Measured in float32 with AVX2, in bfloat16 with AMX; with AVX-512 alone, torch's products are the slower ones."""
@@ -109,6 +101,12 @@ class Conv2d(nn.Conv2d):
         if x.dtype == torch.bfloat16:
             return onednn.AMX
         return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def sample(weight: Tensor) -> Float[Tensor, " n"]:
+    """Sixteen of the weights, or all if there are fewer: a view of them."""
+    n = weight.numel()
+    return weight.detach().as_strided((min(n, 16),), (max(1, n // 16),))
 
 
 def product(

@@ -76,8 +76,8 @@ def conv_norm_silu(
             places: dict[str, Any] = {"silu": True, "added": conv.bias, "moved": shift}
             return kernels().group_norm(y, norm.num_groups, norm.weight, norm.bias, norm.eps, **places)
         y = y + conv.bias[:, None, None]  # type: ignore[index]
-    elif is_one_row(shift) and takes(conv, x):
-        y, shift = conv(x, shift=None if shift is None else shift[0]), None
+    elif is_one_row(shift) and adds_inside(conv, x):
+        y, shift = conv.on_cpu(x, None if shift is None else shift[0]), None  # type: ignore[operator]
     else:
         y = conv(x)
     return norm_silu(norm, y if shift is None else y + shift[:, :, None, None])
@@ -88,10 +88,10 @@ def conv_add(conv: nn.Module, x: Float[Tensor, "b c h w"], other: Float[Tensor, 
     if fuses(x) and is_last(x, other):
         y = conv(x, biased=False)
         return kernels().add_(y, conv.bias, other) if is_last(y) else other + y + conv.bias[:, None, None]  # type: ignore[index]
-    return conv(x, other=other) if is_last(other) and takes(conv, x) else other + conv(x)
+    return conv.on_cpu(x, other=other) if is_last(other) and adds_inside(conv, x) else other + conv(x)  # type: ignore[operator]
 
 
-def takes(conv: nn.Module, x: Tensor) -> bool:
+def adds_inside(conv: nn.Module, x: Tensor) -> bool:
     """Whether a CPU adds within this convolution. There may be another module in its place, or somebody who listens to it alone."""
     return hasattr(conv, "takes") and conv.takes(x) and not onednn.listened_to(conv)  # type: ignore[operator]
 

@@ -41,7 +41,8 @@ def works_on(x: Tensor) -> bool:
 
 
 def listened_to(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether a hook, of its own or of all modules, waits for its call."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentdiff.models.attention import KeysValues
-from latentdiff.models.convolution import Conv2d
+from latentdiff.models.convolution import sample
 from latentdiff.models.unet import UNet, halves_alike
 
 KEPT = 4  # recordings; each holds little but names
@@ -104,7 +104,7 @@ class State:
         modules = list(network.modules())
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
-        self.samples = [m.sample() for m in modules if isinstance(m, Conv2d)]
+        self.samples = [sample(weight) for weight in network.parameters()]
         self.held = [*self.parts()]  # an id is good for as long as its owner lives
         self.was, self.numbers = self.now(), torch.cat(self.samples)
 
@@ -124,18 +124,18 @@ class State:
 
 
 @dataclass
-class Recording:
+class Entry:
     state: State
     run: Callable[..., Tensor]
     occasion: object  # of its last run
 
 
-class Recordings:
-    """Those of one network, which threads may share. Where it is not what it was, it is written down anew."""
+class Book:
+    """What was written down of one network, which threads may share. Where that is not what it was, it is written down anew."""
 
     def __init__(self, network: nn.Module):
         self.network, self.lock = network, threading.Lock()
-        self.known: OrderedDict[Any, Recording] = OrderedDict()
+        self.known: OrderedDict[Any, Entry] = OrderedDict()
 
     def run(self, inputs: list[Tensor], call: Callable[[], Tensor], *, alike: bool = False, occasion: object = None) -> Tensor:
         """call(), which depends on nothing but the inputs and the network; by itself, if somebody listens to a part of that.
@@ -163,7 +163,7 @@ class Recordings:
             return call()
         with Calls(inputs) as calls:
             out = call()
-        self.known[key] = Recording(state, calls.function(out), occasion)
+        self.known[key] = Entry(state, calls.function(out), occasion)
         if len(self.known) > KEPT:
             self.known.popitem(last=False)
         return out
@@ -177,7 +177,7 @@ class Recorded:
     """
 
     def __init__(self, unet: UNet):
-        self.unet, self.recordings = unet, Recordings(unet)
+        self.unet, self.book = unet, Book(unet)
 
     def __reduce__(self) -> Any:
         return Recorded, (self.unet,)  # copies write down their own
@@ -185,18 +185,19 @@ class Recorded:
     def __call__(
         self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None = None, **seams: Any
     ) -> Tensor:
+        """As `UNet.forward`: noisy latents, times or their shifts, the prompt, and SDXL's vector to the prediction, like x."""
         if seams or isinstance(context, Tensor) or not pays(x, PLACES):
             return self.unet(x, t, context, vector, **seams)
         inputs = [x, t, *([] if vector is None else [vector]), *[part for pair in context for part in pair]]
         call = partial(self.unet, x, t, context, vector)
-        return self.recordings.run(inputs, call, alike=halves_alike(x), occasion=context)
+        return self.book.run(inputs, call, alike=halves_alike(x), occasion=context)
 
 
 class RecordedDecoder:
     """Takes the place of a VAE's `decode` in the same way. `vae` is whose place it takes."""
 
     def __init__(self, vae: Any):
-        self.vae, self.recordings = vae, Recordings(vae)
+        self.vae, self.book = vae, Book(vae)
 
     def __reduce__(self) -> Any:
         return RecordedDecoder, (self.vae,)
@@ -204,7 +205,7 @@ class RecordedDecoder:
     def __call__(self, z: Tensor) -> Tensor:
         """z [b, c, h, w] to pictures."""
         call = partial(self.vae.decode, z)
-        return self.recordings.run([z], call) if pays(z, PLACES // 4) else call()
+        return self.book.run([z], call) if pays(z, PLACES // 4) else call()
 
 
 def pays(x: Tensor, places: int) -> bool:

@@ -71,7 +71,7 @@ def test_it_gives_the_same_for_other_numbers(dtype, mode, forwards):
         before = len(forwards)
         found = [net(*call) for call in [*calls, *calls]]
     assert len(forwards) == before + 1
-    assert len(net.recordings.known) == 1
+    assert len(net.book.known) == 1
     assert all(torch.equal(a, b) for a, b in zip(found, [*expected, *expected], strict=True))
 
 
@@ -81,7 +81,7 @@ def test_every_shape_has_its_own_and_few_are_kept(unet, forwards):
     shapes = [{"batch": b, "size": s, "alike": a} for b, s in ((1, 8), (2, 8), (3, 8), (2, 6)) for a in (True, False)]
     for shape in shapes:
         same(net, *inputs(unet, **shape))
-    assert len(net.recordings.known) == recorded.KEPT
+    assert len(net.book.known) == recorded.KEPT
     before = len(forwards)
     net(*inputs(unet, seed=3, **shapes[-1]))
     assert len(forwards) == before
@@ -109,6 +109,7 @@ CHANGES = {
     "in place": lambda unet: unet.conv_out.bias.add_(1),
     "of a convolution": lambda unet: unet.mid_block.resnets[0].conv1.weight.mul_(2),
     "through data": lambda unet: unet.mid_block.resnets[0].conv1.weight.data.mul_(2),
+    "of a norm, through data": lambda unet: unet.mid_block.resnets[0].norm1.weight.data.mul_(2),
     "new weights": lambda unet: setattr(unet.conv_out, "bias", nn.Parameter(torch.ones(4))),
     "state": lambda unet: unet.load_state_dict({k: v + 1 for k, v in unet.state_dict().items()}),
     "state, assigned": lambda unet: unet.load_state_dict({k: v + 1 for k, v in unet.state_dict().items()}, assign=True),
@@ -156,7 +157,7 @@ def test_who_listens_is_called_once_a_step(unet):
     for count in range(1, 4):
         net(*inputs(unet))
         assert len(heard) == count
-    assert not net.recordings.known
+    assert not net.book.known
 
 
 @torch.no_grad()
@@ -166,7 +167,7 @@ def test_inputs_of_all_kinds(unet, forwards):
     same(net, nn.Parameter(2 * x), t, prompt, vector)
     one = [(keys, keys) for keys, _ in prompt]
     same(net, x.repeat(2, 1, 1, 1), t.repeat(2), [(k.repeat(2, 1, 1, 1),) * 2 for k, _ in prompt], vector.repeat(2, 1))
-    assert len(net.recordings.known) == 1
+    assert len(net.book.known) == 1
     same(net, x, t, one, vector)
 
 
@@ -192,6 +193,18 @@ def test_a_copy_has_a_network_of_its_own(unet):
     assert not torch.equal(twin(*inputs(unet)), net(*inputs(unet)))
 
 
+@torch.no_grad()
+def test_who_listens_to_all_modules_hears_of_each(unet):
+    net, heard = Recorded(unet), []
+    net(*inputs(unet))
+    hook = nn.modules.module.register_module_forward_hook(lambda layer, *_: heard.append(layer))
+    try:
+        net(*inputs(unet, seed=1))
+    finally:
+        hook.remove()
+    assert {id(m) for m in unet.modules() if isinstance(m, nn.Conv2d | nn.GroupNorm)} <= {*map(id, heard)}
+
+
 class Watched(torch.Tensor):
     """Of a kind that may see or do more than numbers."""
 
@@ -211,15 +224,15 @@ def test_what_cannot_be_written_down_runs_as_ever(unet, forwards, monkeypatch):
         net(x.detach().as_subclass(Watched), t, prompt, vector)
         compiled = torch.compile(lambda *given: net(*given), backend="eager")
         torch.testing.assert_close(compiled(x, t, prompt, vector), unet(x, t, prompt, vector))
-        assert not net.recordings.known
+        assert not net.book.known
         forwards[:] = forwards[:6]
         monkeypatch.setattr(recorded, "PLACES", 2 * 8 * 8 - 1)
         same(net, x, t, prompt, vector)
-        assert not net.recordings.known
+        assert not net.book.known
         assert len(forwards) == 8
         monkeypatch.setattr(recorded, "PLACES", 2 * 8 * 8)
         same(net, x, t, prompt, vector)
-        assert net.recordings.known
+        assert net.book.known
 
 
 @torch.no_grad()
@@ -330,7 +343,7 @@ def test_a_decoder_gives_the_same_pictures(tiny_parts, dtype, monkeypatch):
     assert torch.equal(pipe.decode(z), plain.decode(z))
     large = torch.randn(1, 4, 33, 32)
     assert torch.equal(pipe.decode(large), plain.decode(large))
-    assert len(pipe.decoder.recordings.known) == 1
+    assert len(pipe.decoder.book.known) == 1
     z.requires_grad_()
     pipe.decoder(z.to(dtype)).sum().backward()
     assert z.grad is not None
