@@ -1,6 +1,7 @@
 """The benchmark: its costs are torch's count and the published ones, its claims are cautious, and it measures what it says."""
 
 import json
+import mmap
 import runpy
 import time
 from dataclasses import replace
@@ -220,8 +221,8 @@ def test_best_kernels_are_found_for_each_product():
 
 
 def test_memory_is_the_peak_of_the_run():
-    def run() -> None:
-        torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+    def run() -> None:  # asked of the system itself: the heap may have as much to give back from earlier tests
+        torch.frombuffer(mmap.mmap(-1, 64 << 20), dtype=torch.uint8).fill_(1)
 
     found = []
     for _ in range(3):  # what other tests left may be freed between the two
