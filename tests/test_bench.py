@@ -210,7 +210,7 @@ def test_ladder_tells_the_difference_of_every_rung(monkeypatch):
     assert onednn.enabled
 
 
-def test_best_kernels_are_found_for_each_product():
+def test_best_kernels_are_found_for_each_product(monkeypatch):
     work = products(lambda: torch.nn.functional.conv2d(torch.ones(1, 8, 6, 6), torch.ones(4, 8, 3, 3), None, 1, 1))
     work += {Linear(8, 16, 16): 3, Attend((1, 2, 16, 8), 16): 1}
     kernels = ceilings.best_kernels(work, CPU, torch.float32, seconds=0.001)
@@ -218,6 +218,9 @@ def test_best_kernels_are_found_for_each_product():
     assert min(kernels.values()) > 0
     assert len(list(ceilings.ways(Conv((1, 8, 6, 6), 4, 3, 1, 1), CPU, torch.float32))) == 4
     assert ceilings.datasheet(CPU) is None
+    for name, known in (("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA L4", 121.0), ("NVIDIA L40", None), ("NVIDIA RTX A1000", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert ceilings.datasheet(torch.device("cuda")) == (known and 1e12 * known)
 
 
 def test_memory_is_the_peak_of_the_run():
@@ -340,10 +343,10 @@ def test_quick_ends_in_two_minutes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_what_needs_processes_of_its_own():
-    assert 100 << 20 < alone.memory("embedded", "latentdiff", "bfloat16") < 1 << 30
+    assert 100 << 20 < alone.memory("embedded", "latentdiff", "bfloat16", "cpu") < 1 << 30
     assert alone.cold_start(embedded(), "latentdiff", steps=1) < 120
     if machine.installed("diffusers"):
-        assert 100 << 20 < alone.memory("embedded", "diffusers", "bfloat16") < 1 << 30
+        assert 100 << 20 < alone.memory("embedded", "diffusers", "bfloat16", "cpu") < 1 << 30
         assert alone.cold_start(embedded(), "diffusers", steps=1) < 120
 
 

@@ -1,6 +1,6 @@
 """What only a process of its own can tell: the peak of memory, and the time from nothing to the first picture.
 
-`python -m latentdiff.bench.alone memory sd15 "latentdiff" bfloat16` prints bytes. Nothing else of the benchmark is imported
+`python -m latentdiff.bench.alone memory sd15 "latentdiff" bfloat16 cpu` prints bytes. Nothing else of the benchmark is imported
 before the work, so that what a process costs is the contestant's.
 """
 
@@ -22,9 +22,9 @@ pipe("a cat", num_inference_steps=int(sys.argv[3]), guidance_scale=7.5).images[0
 """
 
 
-def memory(model: str, who: str, dtype: str) -> int:
+def memory(model: str, who: str, dtype: str, device: str) -> int:
     """Bytes that a process held at most from building a model to the end of a step and a decode, less what it drew weights with."""
-    command = [sys.executable, "-m", "latentdiff.bench.alone", "memory", model, who, dtype]
+    command = [sys.executable, "-m", "latentdiff.bench.alone", "memory", model, who, dtype, device]
     return json.loads(run(command).splitlines()[-1])
 
 
@@ -48,7 +48,7 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def _memory(model: str, who: str, dtype: str) -> None:
+def _memory(model: str, who: str, dtype: str, where: str) -> None:
     import torch
 
     from latentdiff.bench.contestants import Peer, ours
@@ -56,8 +56,8 @@ def _memory(model: str, who: str, dtype: str) -> None:
     from latentdiff.bench.subjects import subject
     from latentdiff.loading import ready
 
-    kind, device = getattr(torch, dtype), torch.device("cpu")
-    parts = subject(model)
+    kind, device = getattr(torch, dtype), torch.device(where)
+    parts = subject(model, device)
     if who == "latentdiff":
         contestant = ours(ready(parts, device, kind), who)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentdiff.bench.timing import clocked
 from latentdiff.bench.work import Conv, Linear, Product
-from latentdiff.models.attention import blocked
+from latentdiff.models.attention import blocked, filled_up
 from latentdiff.models.convolution import Conv2d
 from latentdiff.models.convolution import product as as_product
-from latentdiff.models.graphs import record
+from latentdiff.models.graphs import Capture
 
 # Dense bfloat16 and float16 tensor TFLOP/s of NVIDIA's datasheets, by what the driver calls the device.
 DATASHEET = {
@@ -31,7 +32,7 @@ def datasheet(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * value for key, value in DATASHEET.items() if key in name), None)
+    return next((1e12 * value for key, value in DATASHEET.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 @torch.no_grad()
@@ -51,8 +52,9 @@ def big_product(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) 
 def best_time(run: Callable[[], Tensor], device: torch.device, seconds: float) -> float:
     """The shortest of several runs; on CUDA of recorded ones, since to start a kernel can take longer than it runs."""
     times = 10 if device.type == "cuda" else 1
-    again: Callable[[], object] = record(partial(repeat, run, times))[0] if device.type == "cuda" else run
-    return shortest(again, device, seconds) / times
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        again: Callable[[], object] = Capture()(partial(repeat, run, times))[0] if device.type == "cuda" else run
+        return shortest(again, device, seconds) / times
 
 
 def shortest(run: Callable[[], object], device: torch.device, seconds: float, most: int = 20) -> float:
@@ -109,8 +111,11 @@ def ways(product: Product, device: torch.device, dtype: torch.dtype) -> Iterator
         yield lambda: F.scaled_dot_product_attention(q, k, v)
         if device.type == "cuda":
             yield from (partial(attention, backend, q, k, v) for backend in backends(q, k, v))
-        if device.type == "cpu" and dtype == torch.bfloat16 and product.keys >= 128:
+        narrow, wide = device.type == "cpu" and dtype == torch.bfloat16, device.type == "cuda" and dtype.itemsize == 2 and d > 256
+        if (narrow or wide) and product.keys >= 128:
             yield lambda: blocked(q, k, v)
+        if narrow and product.keys % 16:
+            yield lambda: filled_up(q, k, v)
 
 
 def attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from latentdiff.bench.contestants import latents
 from latentdiff.bench.timing import Times, in_turns
 from latentdiff.checkpoints.families import ModelSpec
-from latentdiff.models import onednn
+from latentdiff.models import fused, onednn
 from latentdiff.models.attention import Site, sdpa
+from latentdiff.models.graphs import Graphed
 from latentdiff.models.recorded import Recorded, is_small
 from latentdiff.models.unet import UNet
 
@@ -46,7 +47,7 @@ class Step:
     context: Tensor
     vector: Tensor | None
     once: bool = False  # keys and values made beforehand, and the time embedded
-    onednn: bool = False  # products with what follows them inside, and convolutions of small maps as they are faster
+    own: bool = False  # with the kernels of `fused`, `kernels` and `onednn`
     attend: Callable[..., Tensor] = torchs_attention
     network: Callable[..., Tensor] | None = None
 
@@ -58,15 +59,15 @@ class Step:
         if self.network is not None:
             return torch.no_grad()(partial(self.network, x, t, context, self.vector))
         run = torch.no_grad()(partial(unet, x, t, context, self.vector, attend=self.attend))
-        return run if self.onednn else partial(plainly, run)
+        return run if self.own else partial(plainly, run)
 
 
 def plainly(run: Callable[[], Tensor]) -> Tensor:
-    before, onednn.enabled = onednn.enabled, False
+    onednn.enabled = fused.enabled = False
     try:
         return run()
     finally:
-        onednn.enabled = before
+        onednn.enabled = fused.enabled = True
 
 
 def inputs(unet: UNet) -> tuple[Tensor, Tensor]:
@@ -90,8 +91,11 @@ def steps(spec: ModelSpec, unet: UNet, device: torch.device, dtype: torch.dtype,
     rungs["keys, values and time once"] = Step(last, context, vector, once=True)
     rungs["best attention"] = Step(last, context, vector, once=True, attend=own_attention)
     rungs["shared halves"] = Step(last, context, vector, once=True, attend=sdpa)
-    if device.type == "cpu":
-        rungs["oneDNN's own operators"] = Step(last, context, vector, once=True, attend=sdpa, onednn=True)
+    if device.type in ("cpu", "cuda"):
+        kernels = "oneDNN's own operators" if device.type == "cpu" else "kernels of our own"
+        rungs[kernels] = Step(last, context, vector, once=True, attend=sdpa, own=True)
+    if device.type == "cuda":
+        rungs["kernels recorded"] = Step(last, context, vector, once=True, network=Graphed(last))
     if is_small(last):
         rungs["operations written down"] = Step(last, context, vector, once=True, network=Recorded(last))
     if compiled:

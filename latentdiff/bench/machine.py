@@ -87,11 +87,15 @@ def commit() -> str | None:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes held at most during a run: on CUDA by torch, on a CPU by the whole process; None where that cannot be read."""
+    """Bytes held at most during a run: on CUDA by torch, on a CPU by the whole process; None where that cannot be read.
+
+    On CUDA what torch has reserved: what lies between the kernels of a recording is allocated only while it is made.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
         run()

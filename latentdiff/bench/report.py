@@ -66,14 +66,13 @@ def _model(name: str, model: Report) -> Iterator[str]:
 
 def _table(title: str, stage: Report) -> Iterator[str]:
     rate = stage.get("rate", "1/s")
-    yield f"\n**{title}**\n\n| | dtype | p50 | p90 | p99 | first | {rate} | memory | rounds | ours is |"
-    yield "|---" * 10 + "|"
+    yield f"\n**{title}**\n\n| | dtype | p50 | p90 | p99 | first | {rate} | rounds | ours is |"
+    yield "|---" * 9 + "|"
     for who, row in stage["rows"].items():
-        memory = f"{row['memory'] / 2**30:.2f} GiB" if row.get("memory") else ""
         claim = row.get("against")
         said = f"{claim['ratio']:.2f}× [{claim['low']:.2f}, {claim['high']:.2f}] {claim['verdict']}" if claim else ""
         times = " | ".join(seconds(row[key]) for key in ("p50", "p90", "p99", "first"))
-        yield f"| {who} | {row.get('dtype', '')} | {times} | {row['rate']:.3g} | {memory} | {row['rounds']} | {said} |"
+        yield f"| {who} | {row.get('dtype', '')} | {times} | {row['rate']:.3g} | {row['rounds']} | {said} |"
 
 
 def seconds(value: float) -> str:

@@ -35,7 +35,7 @@ class Times:
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what was asked of it: GPU work is asynchronous."""
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def clocked(run: Callable[[], object], device: torch.device) -> float:

@@ -121,8 +121,9 @@ class Attention(nn.Module):
 
         The layers' own become views of them: nothing is kept twice, and what is written into one is heard.
         """
-        if self.joined() is not None:
-            return  # what was recorded on them must find them where they are
+        with torch.no_grad():
+            if self.joined() is not None:
+                return  # what was recorded on them must find them where they are
         layers = (self.to_q, self.to_k, self.to_v)
         joined = torch.cat([layer.weight.detach() for layer in layers])
         for layer, weight in zip(layers, joined.chunk(3), strict=True):
@@ -131,21 +132,31 @@ class Attention(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
-        layers = (self.to_q, self.to_k, self.to_v)
-        if self._joined is not None:  # to another dtype or device they go one by one
-            places = [part.data_ptr() for part in self._joined[0].chunk(3)]
-            self._joined = self._joined if places == [layer.weight.data_ptr() for layer in layers] else None
+        if self._joined is not None and not self.lie_in(self._joined[0]):  # to another dtype or device they go one by one
+            self._joined = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_joined": None}  # and so do copies
 
     def joined(self) -> Tensor | None:
-        """The weights side by side, if they are those of the layers, and nobody wants to hear from a layer by itself."""
-        if self._joined is None or self.to_q._forward_hooks or self.to_k._forward_hooks or self.to_v._forward_hooks:
+        """The weights side by side, if they are those of the layers, which are nothing but products to which nobody listens.
+
+        Not where there is something to learn: a gradient would go to them, and not to the layers' own.
+        """
+        if self._joined is None or torch.is_grad_enabled():
             return None
-        whole, q, k, v = self._joined
-        return whole if q is self.to_q.weight and k is self.to_k.weight and v is self.to_v.weight else None
+        whole, *weights = self._joined
+        layers = (self.to_q, self.to_k, self.to_v)
+        for layer, weight in zip(layers, weights, strict=True):
+            if type(layer) is not nn.Linear or layer.weight is not weight or layer.bias is not None or onednn.listened_to(layer):
+                return None
+        return whole if torch.compiler.is_compiling() or self.lie_in(whole) else None
+
+    def lie_in(self, whole: Tensor) -> bool:
+        """Whether the layers' weights still are its parts, and not others put in their place through `.data`."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        return [layer.weight.data_ptr() for layer in layers] == [part.data_ptr() for part in whole.chunk(3)]
 
     def split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

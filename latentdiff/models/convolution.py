@@ -37,8 +37,8 @@ class Conv2d(nn.Conv2d):
         return {**self.__dict__, "_ordered": {}}  # such an order can be neither copied nor stored
 
     def forward(self, input: Float[Tensor, "b c h w"], *, biased: bool = True) -> Float[Tensor, "b out h2 w2"]:
-        """biased: with its bias; False only where `fused.fuses` says so, which adds it elsewhere."""
-        if fused.fuses(input) and fused.is_last(input):
+        """biased: with its bias; False only where `fused.splits` says so, which adds it elsewhere."""
+        if fused.fuses(input) and fused.is_last(input) and self.padding_mode == "zeros":
             return self.on_gpu(input, self.bias if biased else None)
         if self.takes(input):
             return self.on_cpu(input)

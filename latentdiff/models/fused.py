@@ -14,20 +14,22 @@ from torch import Tensor, nn
 
 from latentdiff.models import onednn
 
+enabled = True  # the benchmark's ladder stands on both rungs
+
 
 def fuses(x: Tensor) -> bool:
     """Whether it pays here: not where a gradient is wanted, nor where a compiler sees all of the network and does it by itself."""
-    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and has_triton()
+    return enabled and x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and has_triton(x.device)
 
 
 @cache
-def has_triton() -> bool:
-    """Whether its kernels can be built here: not on every platform, and not for GPUs older than it supports."""
+def has_triton(device: torch.device) -> bool:
+    """Whether its kernels can be built there: not on every platform, and not for GPUs older than it supports."""
     try:
         import triton  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
         return False
-    return torch.cuda.get_device_capability() >= (8, 0) and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
 
 
 def kernels() -> Any:
@@ -48,7 +50,7 @@ def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"]) -> Float[Tensor, 
 
 def group_norm(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"], *, silu: bool = False) -> Float[Tensor, "b c h w"]:
     """norm(x), or its SiLU."""
-    if fuses(x) and is_last(x):
+    if fuses(x) and is_last(x) and not onednn.listened_to(norm):
         return kernels().group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
     alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or onednn.listened_to(norm))  # nobody else needs norm(x)
     if alone and slow_on_cpu(norm, x):
@@ -70,7 +72,7 @@ def conv_norm_silu(
     conv: nn.Module, norm: nn.GroupNorm, x: Float[Tensor, "b c h w"], shift: Float[Tensor, "b out"] | None = None
 ) -> Float[Tensor, "b out h w"]:
     """silu(norm(conv(x) + shift))."""
-    if fuses(x) and is_last(x):
+    if splits(conv, x) and not onednn.listened_to(norm):
         y = conv(x, biased=False)
         if is_last(y):
             places: dict[str, Any] = {"silu": True, "added": conv.bias, "moved": shift}
@@ -85,10 +87,16 @@ def conv_norm_silu(
 
 def conv_add(conv: nn.Module, x: Float[Tensor, "b c h w"], other: Float[Tensor, "b out h w"]) -> Float[Tensor, "b out h w"]:
     """other + conv(x)."""
-    if fuses(x) and is_last(x, other):
+    if is_last(other) and splits(conv, x):
         y = conv(x, biased=False)
         return kernels().add_(y, conv.bias, other) if is_last(y) else other + y + conv.bias[:, None, None]  # type: ignore[index]
     return conv.on_cpu(x, other=other) if is_last(other) and adds_inside(conv, x) else other + conv(x)  # type: ignore[operator]
+
+
+def splits(conv: nn.Module, x: Tensor) -> bool:
+    """Whether a GPU makes this convolution without its bias, to add that elsewhere; against it stands what `adds_inside` tells."""
+    plain = hasattr(conv, "on_gpu") and conv.padding_mode == "zeros" and not onednn.listened_to(conv)
+    return plain and fuses(x) and is_last(x)
 
 
 def adds_inside(conv: nn.Module, x: Tensor) -> bool:
@@ -110,7 +118,7 @@ def linear_add(layer: nn.Module, x: Float[Tensor, "*b c"], other: Float[Tensor, 
 
 def layer_norm(norm: nn.LayerNorm, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
     """norm(x) (Ba et al. 2016, arXiv 1607.06450)."""
-    if fuses(x) and x.is_contiguous():
+    if fuses(x) and x.is_contiguous() and not onednn.listened_to(norm):
         return kernels().layer_norm(x, norm.weight, norm.bias, norm.eps)[1]
     return norm(x)
 
@@ -119,7 +127,7 @@ def linear_add_norm(
     layer: nn.Module, norm: nn.LayerNorm, x: Float[Tensor, "*b c"], other: Float[Tensor, "*b c"]
 ) -> tuple[Float[Tensor, "*b c"], Float[Tensor, "*b c"]]:
     """other + layer(x), and the norm of it."""
-    if fuses(x) and other.is_contiguous():
+    if fuses(x) and other.is_contiguous() and not onednn.listened_to(norm):
         return kernels().layer_norm(layer(x), norm.weight, norm.bias, norm.eps, other)
     y = linear_add(layer, x, other)
     return y, norm(y)

@@ -8,79 +8,125 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.models.attention import KeysValues
+from latentdiff.models.state import Watch
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """A function without arguments -> (what runs its kernels again, on the same memory; the memory of its result)"""
 
-KEPT = 4  # recordings; each holds the memory of all that is between its inputs and its output
+KEPT = 4  # recordings
+
+capturing = threading.Lock()  # a process can record one at a time
 
 
-def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """Record on CUDA, after three runs to the side that let libraries choose kernels and make their workspaces."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph.replay, out
+class Capture:
+    """Records on the current CUDA device. What lies between inputs and results shares its memory with all it records.
+
+    So of its recordings one may run at a time, and a result is to be copied before the next runs.
+    """
+
+    def __init__(self) -> None:
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """After three runs that let libraries choose kernels and make their workspaces. Other threads may use the GPU meanwhile."""
+        with capturing:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(3):
+                    run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                out = run()
+        return graph.replay, out
 
 
 @dataclass(eq=False)
 class Recording:
-    """Inputs at fixed places, what runs on them, and where its result appears; `prompt` is whose keys and values lie there."""
+    """Inputs at fixed places, what runs on them, and where its result appears."""
 
-    x: Tensor
-    t: Tensor
-    vector: Tensor | None
-    context: list[KeysValues]
-    prompt: list[KeysValues] | None
+    places: list[Tensor]
+    prompt: list[Tensor]  # the places of keys and values
     replay: Callable[[], object]
     out: Tensor
+    occasion: object = None  # whose keys and values lie there
 
-    def run(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Tensor:
-        self.x.copy_(x)
-        self.t.copy_(t)
-        if self.vector is not None and vector is not None:
-            self.vector.copy_(vector)
-        if context is not self.prompt:  # once a prompt, not once a step
-            for pair, given in zip(self.context, context, strict=True):
-                for place, value in zip(pair, given, strict=True):
-                    place.copy_(value)
-            self.prompt = context
+    def run(self, inputs: Sequence[Tensor], prompt: Sequence[Tensor], occasion: object) -> Tensor:
+        pairs = zip(self.places, inputs, strict=True)
+        if occasion is None or occasion is not self.occasion:  # once a prompt, not once a step
+            pairs = chain(pairs, zip(self.prompt, prompt, strict=True))
+            self.occasion = occasion
+        for place, given in pairs:
+            place.copy_(given)
         self.replay()
         return self.out.clone()
 
 
-class Recordings(OrderedDict[Any, Any]):
-    """The last few that were used; None for a shape for which memory did not suffice."""
+class Recordings:
+    """The last few of one network, by the shapes of its inputs; None for a shape for which memory did not suffice.
 
-    def find(self, what: str, x: Tensor, key: Any, make: Callable[[], Any]) -> Any:
-        """The one for `key`; a new one is made on x's device."""
-        if key not in self:
-            try:
-                with torch.cuda.device_of(x):
-                    self[key] = make()
-            except torch.OutOfMemoryError:
-                warnings.warn(
-                    f"too little memory to record the {what} for {list(x.shape)}; it runs unrecorded, more slowly", stacklevel=4
-                )
-                self[key] = None
-            if len(self) > KEPT:
-                self.popitem(last=False)
-        self.move_to_end(key)
-        return self[key]
+    Threads, and streams, take turns. A network whose weights lie elsewhere, or that is another, is recorded anew.
+    """
+
+    def __init__(self, what: str, network: nn.Module, record: Record | None):
+        self.what, self.watch, self.lock = what, Watch(network, numbers=False), threading.Lock()
+        self.known: OrderedDict[Any, Recording | None] = OrderedDict()
+        self.given, self.record = record, record
+        self.over: torch.cuda.Event | None = None  # on the device
+
+    def run(
+        self, call: Callable[..., Tensor], inputs: list[Tensor], prompt: Sequence[Tensor] = (), occasion: object = None
+    ) -> Tensor:
+        """call(*inputs, *prompt), which depends on nothing else but the network; by itself, if somebody listens to a part of that.
+
+        occasion: while it is the same object, neither the network nor `prompt` changes.
+        """
+        x = inputs[0]
+        key = tuple((one.shape, one.dtype, one.device) for one in (*inputs, *prompt[:1]))
+        with self.lock:
+            if self.watch.sees_another(occasion):  # and so may be its device
+                self.known.clear()
+                self.record, self.over = self.given, None
+            if not self.watch.is_heard():
+                with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(x):
+                    if key not in self.known:
+                        self.known[key] = self.made(call, inputs, prompt)
+                    self.known.move_to_end(key)
+                    if len(self.known) > KEPT:
+                        self.known.popitem(last=False)
+                    found = self.known[key]
+                    if found is not None:
+                        return self.in_turn(x, lambda: found.run(inputs, prompt, occasion))
+        return call(*inputs, *prompt)
+
+    def made(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], prompt: Sequence[Tensor]) -> Recording | None:
+        try:
+            self.record = self.record or Capture()
+            places, kept = [x.clone() for x in inputs], [x.clone() for x in prompt]
+            return Recording(places, kept, *self.record(lambda: call(*places, *kept)))
+        except torch.OutOfMemoryError:
+            shape = list(inputs[0].shape)
+            warnings.warn(f"too little memory to record the {self.what} for {shape}; it runs unrecorded, more slowly", stacklevel=5)
+            return None
+
+    def in_turn(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Not before what a thread with a stream of its own has asked for is over."""
+        if not x.is_cuda:
+            return run()
+        stream, self.over = torch.cuda.current_stream(), self.over or torch.cuda.Event()
+        stream.wait_event(self.over)
+        out = run()
+        self.over.record(stream)
+        return out
 
 
 class GraphedDecoder:
@@ -91,52 +137,42 @@ class GraphedDecoder:
 
     largest = 1 << 13  # positions of the latents: 512 × 1024 pixels
 
-    def __init__(self, vae: Any, record: Record = record):
-        self.vae, self.record, self.lock = vae, record, threading.Lock()
-        self.known = Recordings()
+    def __init__(self, vae: Any, record: Record | None = None):
+        self.vae, self.known = vae, Recordings("decoder", vae, record)
+
+    def __reduce__(self) -> Any:
+        return GraphedDecoder, (self.vae, self.known.given)  # copies record their own
 
     def __call__(self, z: Tensor) -> Tensor:
         """z [b, c, h, w] to pictures; as the VAE's `decode`."""
         if torch.is_grad_enabled() or z.numel() // z.shape[1] > self.largest:
             return self.vae.decode(z)
-        with self.lock:
-            found = self.known.find("decoder", z, (z.shape, z.dtype, z.device), lambda: self._recorded(z.clone()))
-            if found is not None:
-                place, replay, out = found
-                place.copy_(z)
-                replay()
-                return out.clone()
-        return self.vae.decode(z)
-
-    def _recorded(self, place: Tensor) -> tuple[Tensor, Callable[[], object], Tensor]:
-        return place, *self.record(lambda: self.vae.decode(place))
+        return self.known.run(self.vae.decode, [z])
 
 
 class Graphed:
     """Takes a U-Net's place in the loop. Threads may share it; they take turns.
 
     What a recording cannot hold runs as ever: other attention or merging, a prompt that is not yet keys and values, training,
-    and shapes for which memory did not suffice.
+    and shapes for which memory did not suffice. Changes of the network, but for its weights' numbers, are seen between one prompt
+    and the next.
     """
 
-    def __init__(self, unet: Callable[..., Tensor], record: Record = record):
-        self.unet, self.record, self.lock = unet, record, threading.Lock()
-        self.known = Recordings()
+    def __init__(self, unet: Any, record: Record | None = None):
+        self.unet, self.known = unet, Recordings("U-Net", unet, record)
+
+    def __reduce__(self) -> Any:
+        return Graphed, (self.unet, self.known.given)
 
     def __call__(
         self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None = None, **seams: Any
     ) -> Tensor:
         if seams or isinstance(context, Tensor) or torch.is_grad_enabled():
             return self.unet(x, t, context, vector, **seams)
-        with self.lock:
-            key = (x.shape, x.dtype, x.device, t.shape, context[0][0].shape)
-            recording = self.known.find("U-Net", x, key, lambda: self._recorded(x, t, context, vector))
-            if recording is not None:
-                return recording.run(x, t, context, vector)
-        return self.unet(x, t, context, vector)
+        inputs = [x, t, *([] if vector is None else [vector])]
 
-    def _recorded(self, x: Tensor, t: Tensor, context: list[KeysValues], vector: Tensor | None) -> Recording:
-        x, t, context = x.clone(), t.clone(), [(k.clone(), v.clone()) for k, v in context]
-        vector = None if vector is None else vector.clone()
-        replay, out = self.record(lambda: self.unet(x, t, context, vector))
-        return Recording(x, t, vector, context, None, replay, out)
+        def call(x: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
+            several = rest[len(inputs) - 2 :]
+            return self.unet(x, t, list(zip(several[::2], several[1::2], strict=True)), None if vector is None else rest[0])
+
+        return self.known.run(call, inputs, [part for pair in context for part in pair], context)

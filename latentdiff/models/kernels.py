@@ -113,10 +113,10 @@ def join(
 
 @triton.jit
 def apply(x, scale, shift, y, positions, channels, SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """x · scale + shift, and its SiLU if asked for, in float32 inside."""
-    picture = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    """x · scale + shift, and its SiLU if asked for, in float32 inside. Positions come first: only there may be more than 65,535."""
+    picture = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (rows[:, None] < positions) & (cols[None, :] < channels)
     place = (picture * positions + rows[:, None]) * channels + cols[None, :]
     a = tl.load(scale + picture * channels + cols, cols < channels, 0.0)
@@ -157,7 +157,7 @@ def group_norm(
     powers |= {"ADDED": added is not None, "MOVED": moved is not None}
     places = (weight, bias, bias if added is None else added, bias if moved is None else moved, scale, shift)
     join[(batch, groups)](mean, m2, *places, positions, channels, slice_size, parts, eps, own, row, **powers)
-    apply[(batch, triton.cdiv(positions, ROWS), columns)](x, scale, shift, y, positions, channels, **flag, **sizes)
+    apply[(triton.cdiv(positions, ROWS), columns, batch)](x, scale, shift, y, positions, channels, **flag, **sizes)
     return y
 
 

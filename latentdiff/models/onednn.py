@@ -110,7 +110,7 @@ def feed_forward(
     parts = -(-x[..., 0].numel() * hidden // PART)
     if parts == 1:
         return made(x, other)
-    rows, others, out = x.flatten(0, 1), other.flatten(0, 1), torch.empty_like(other)
+    rows, others, out = x.flatten(0, 1), other.flatten(0, 1), other.new_empty(other.shape)
     for some, beside, into in zip(rows.chunk(parts), others.chunk(parts), out.flatten(0, 1).chunk(parts), strict=True):
         into.copy_(made(some, beside))
     return out

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentdiff.models.attention import KeysValues
-from latentdiff.models.convolution import sample
+from latentdiff.models.state import Watch
 from latentdiff.models.unet import UNet, halves_alike
 
 KEPT = 4  # recordings; each holds little but names
@@ -29,7 +27,7 @@ PLACES = 4096  # of all maps of a batch, at most: on larger ones the operations 
 
 def is_small(network: nn.Module) -> bool:
     """Whether, on a CPU, a step's operations take so little time that finding out which they are counts."""
-    weights = [*network.parameters()]
+    weights = [*network.state_dict().values()]  # where they are kept in fewer bits, they are no parameters
     return weights[0].device.type == "cpu" and sum(w.numel() for w in weights) <= SMALL
 
 
@@ -97,45 +95,13 @@ class Calls(TorchDispatchMode):
         return space["run"]
 
 
-class State:
-    """Tells whether a network is still what it was: its modules, its weights, and nobody who listens to a part of it."""
-
-    def __init__(self, network: nn.Module):
-        modules = list(network.modules())
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
-        self.samples = [sample(weight) for weight in network.parameters()]
-        self.held = [*self.parts()]  # an id is good for as long as its owner lives
-        self.was, self.numbers = self.now(), torch.cat(self.samples)
-
-    def parts(self) -> Iterator[Any]:
-        return chain.from_iterable(table.values() for table in self.tables)
-
-    def now(self) -> list[Any]:
-        """Versions tell of changes in place, but for those through `.data`: of these the samples tell."""
-        weights = [x for x in self.parts() if isinstance(x, Tensor)]
-        return [*map(id, self.parts()), *[(0 if x.is_inference() else x._version, x.data_ptr()) for x in weights]]
-
-    def holds(self) -> bool:
-        return self.now() == self.was and torch.equal(torch.cat(self.samples), self.numbers)
-
-    def is_heard(self) -> bool:
-        return any(self.hooks) or bool(torch.nn.modules.module._has_any_global_hook())
-
-
-@dataclass
-class Entry:
-    state: State
-    run: Callable[..., Tensor]
-    occasion: object  # of its last run
-
-
 class Book:
-    """What was written down of one network, which threads may share. Where that is not what it was, it is written down anew."""
+    """What was written down of one network, by the shapes of its inputs; threads may share it. A network that changes is written
+    down anew."""
 
     def __init__(self, network: nn.Module):
-        self.network, self.lock = network, threading.Lock()
-        self.known: OrderedDict[Any, Entry] = OrderedDict()
+        self.watch, self.lock = Watch(network, numbers=True), threading.Lock()
+        self.known: OrderedDict[Any, Callable[..., Tensor]] = OrderedDict()
 
     def run(self, inputs: list[Tensor], call: Callable[[], Tensor], *, alike: bool = False, occasion: object = None) -> Tensor:
         """call(), which depends on nothing but the inputs and the network; by itself, if somebody listens to a part of that.
@@ -144,26 +110,24 @@ class Book:
         """
         key = alike, *[(x.shape, x.stride(), x.dtype) for x in inputs[:4]]
         with self.lock:
-            known = self.known.get(key)
-            same = known is not None and occasion is not None and known.occasion is occasion
-            if known is None or not (same or known.state.holds()):
-                return self.record(key, inputs, call, occasion)
-            known.occasion = occasion
-            self.known.move_to_end(key)
-        if not known.state.is_heard():
+            if self.watch.sees_another(occasion):
+                self.known.clear()
+            heard, known = self.watch.is_heard(), self.known.get(key)
+            if known is not None:
+                self.known.move_to_end(key)
+            elif not heard and len({*map(id, inputs)}) == len(inputs):
+                return self.record(key, inputs, call)
+        if known is not None and not heard:
             try:
-                return known.run(*inputs)
+                return known(*inputs)
             except Changed:
                 pass
         return call()
 
-    def record(self, key: Any, inputs: list[Tensor], call: Callable[[], Tensor], occasion: object) -> Tensor:
-        state = State(self.network)
-        if state.is_heard() or len({*map(id, inputs)}) < len(inputs):
-            return call()
+    def record(self, key: Any, inputs: list[Tensor], call: Callable[[], Tensor]) -> Tensor:
         with Calls(inputs) as calls:
             out = call()
-        self.known[key] = Entry(state, calls.function(out), occasion)
+        self.known[key] = calls.function(out)
         if len(self.known) > KEPT:
             self.known.popitem(last=False)
         return out

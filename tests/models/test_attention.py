@@ -95,6 +95,11 @@ def test_blocked_stays_away_from_training_and_from_float32():
         assert torch.equal(sdpa(x, x, x, Site("anywhere", cross=False)), F.scaled_dot_product_attention(x, x, x))
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
 def joined_attention() -> Attention:
     torch.manual_seed(0)
     attention = Attention(16, 2).requires_grad_(False)
@@ -120,7 +125,7 @@ def test_one_product_makes_queries_keys_and_values():
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", ["to_q", "to_k", "to_v"])
-@pytest.mark.parametrize("change", ["in place", "other", "state", "hook", "copy", "dtype"])
+@pytest.mark.parametrize("change", ["in place", "other", "state", "data", "hook", "before", "type", "copy", "dtype"])
 def test_a_changed_layer_is_heard_by_the_one_product(layer, change):
     """The plain attention, changed alike, is the oracle."""
     attention, plain, x = joined_attention(), joined_attention(), torch.randn(2, 5, 16)
@@ -134,6 +139,12 @@ def test_a_changed_layer_is_heard_by_the_one_product(layer, change):
             own.weight = torch.nn.Parameter(new, requires_grad=False)
         elif change == "state":
             a.load_state_dict(a.state_dict() | {f"{layer}.weight": new}, assign=True)
+        elif change == "data":
+            own.weight.data = new
+        elif change == "before":
+            own.register_forward_pre_hook(lambda _layer, inputs: (2 * inputs[0],))
+        elif change == "type":  # as wrappers are that add something and show the weight of what they wrap
+            own.__class__ = Doubled
         elif change == "hook":
             own.register_forward_hook(lambda _layer, inputs, out: out + inputs[0] @ new)
         elif change == "dtype":
@@ -145,6 +156,13 @@ def test_a_changed_layer_is_heard_by_the_one_product(layer, change):
         for a in (attention, plain):
             getattr(a, layer).weight.mul_(new)
     torch.testing.assert_close(attention.to_itself(x, sdpa), plain.to_itself(x, sdpa), rtol=1e-4, atol=1e-5)
+
+
+def test_each_layer_learns_by_itself():
+    attention, x = joined_attention().requires_grad_(True), torch.randn(2, 5, 16)
+    attention.join()
+    attention.to_itself(x, sdpa).sum().backward()
+    assert all(layer.weight.grad is not None for layer in (attention.to_q, attention.to_k, attention.to_v))
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import copy
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +22,14 @@ CONFIG = UNetConfig(
 def unet() -> UNet:
     torch.manual_seed(0)
     return UNet(CONFIG).eval()
+
+
+class Decoder(torch.nn.Module):
+    """Stands for a VAE."""
+
+    def __init__(self, made=lambda z: 2 * z):
+        super().__init__()
+        self.decode = made
 
 
 class Recorder:
@@ -67,8 +74,8 @@ def test_a_prompt_is_copied_once(unet, graphed, monkeypatch):
     copies = []
     x, t, prompt, vector = inputs(unet, 0)
     graphed(x, t, prompt, vector)
-    recording = next(iter(graphed.known.values()))
-    places = {place.data_ptr() for pair in recording.context for place in pair}
+    recording = next(iter(graphed.known.known.values()))
+    places = {place.data_ptr() for place in recording.prompt}
     original = torch.Tensor.copy_
     monkeypatch.setattr(torch.Tensor, "copy_", lambda a, b, *c: (copies.append(a.data_ptr()), original(a, b, *c))[1])
     for _ in range(3):
@@ -84,7 +91,7 @@ def test_each_shape_has_its_recording_and_few_are_kept(unet, graphed):
         call = inputs(unet, batch, batch)
         assert torch.equal(graphed(*call), unet(*call))
     assert len(graphed.made) == 5
-    assert len(graphed.known) == graphs.KEPT
+    assert len(graphed.known.known) == graphs.KEPT
     graphed(*inputs(unet, 0, 1))
     assert len(graphed.made) == 6
 
@@ -111,6 +118,64 @@ def test_where_memory_does_not_suffice_it_runs_unrecorded(unet):
     with pytest.warns(UserWarning, match="too little memory to record"):
         assert torch.equal(graphed(*call), unet(*call))
     assert torch.equal(graphed(*call), unet(*call))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["other weights", "data", "part", "setting"])
+def test_a_network_that_is_another_is_recorded_anew(change):
+    torch.manual_seed(0)
+    unet, recorder = UNet(CONFIG).eval(), Recorder()
+    graphed, call = Graphed(unet, recorder), inputs(unet, 0)
+    graphed(*call)
+    if change == "other weights":
+        unet.load_state_dict({name: w.clone() for name, w in unet.state_dict().items()}, assign=True)
+    elif change == "data":
+        unet.conv_in.weight.data = 2 * unet.conv_in.weight
+    elif change == "part":
+        unet.conv_out = copy.deepcopy(unet.conv_out)
+    else:
+        unet.conv_in.padding_mode = "circular"
+    again = inputs(unet, 0)
+    assert torch.equal(graphed(*again), unet(*again))
+    assert len(recorder.made) == 2
+    graphed(*inputs(unet, 1))
+    assert len(recorder.made) == 2
+
+
+@torch.no_grad()
+def test_who_listens_is_heard(unet, graphed):
+    heard, call = [], inputs(unet, 0)
+    graphed(*call)
+    hook = unet.mid_block.resnets[0].register_forward_hook(lambda *_: heard.append(1))
+    for _ in range(2):
+        assert torch.equal(graphed(*call), unet(*call))
+    assert len(heard) == 4
+    assert len(graphed.made) == 1
+    hook.remove()
+    graphed(*call)
+    assert len(heard) == 4
+
+
+def test_what_was_recorded_without_counting_versions_runs_with_it(unet, graphed):
+    with torch.inference_mode():
+        call = inputs(unet, 0)
+        graphed(*call)
+    with torch.no_grad():
+        call = inputs(unet, 1)
+        assert torch.equal(graphed(*call), unet(*call))
+    assert len(graphed.made) == 1
+
+
+@torch.no_grad()
+def test_a_copy_records_its_own(unet, graphed):
+    call = inputs(unet, 0)
+    graphed(*call)
+    other = copy.deepcopy(graphed)
+    other.unet.conv_out.weight.zero_()
+    assert torch.equal(graphed(*call), unet(*call))
+    assert not torch.equal(other(*call), graphed(*call))
+    decoder = copy.deepcopy(GraphedDecoder(Decoder(), Recorder()))
+    assert torch.equal(decoder(torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
 
 
 @torch.no_grad()
@@ -147,7 +212,7 @@ def test_a_cuda_graph_gives_what_the_network_gives(unet):
 @torch.no_grad()
 def test_a_decoder_is_recorded_for_each_shape_but_not_for_large_ones(monkeypatch):
     recorder = Recorder()
-    decoder = GraphedDecoder(SimpleNamespace(decode=lambda z: 2 * z.repeat_interleave(2, -1)), recorder)
+    decoder = GraphedDecoder(Decoder(lambda z: 2 * z.repeat_interleave(2, -1)), recorder)
     latents = [torch.randn(1, 4, size, size) for size in (8, 4, 8, 4)]
     results = [decoder(z) for z in latents]
     for z, result in zip(latents, results, strict=True):
@@ -168,7 +233,7 @@ def test_a_decoder_runs_unrecorded_where_memory_does_not_suffice():
         tried.append(run)
         raise torch.OutOfMemoryError
 
-    decoder, z = GraphedDecoder(SimpleNamespace(decode=lambda z: 2 * z), record), torch.randn(1, 4, 8, 8)
+    decoder, z = GraphedDecoder(Decoder(), record), torch.randn(1, 4, 8, 8)
     with pytest.warns(UserWarning, match="too little memory to record the decoder"):
         assert torch.equal(decoder(z), 2 * z)
     assert torch.equal(decoder(z), 2 * z)
@@ -178,7 +243,7 @@ def test_a_decoder_runs_unrecorded_where_memory_does_not_suffice():
 def test_a_pipeline_decodes_with_its_own_vae(tiny_pipe):
     """The recorded decoder of another is not asked, nor that of weights that are computed again in float32."""
     z = torch.randn(1, 4, 8, 8)
-    other = GraphedDecoder(SimpleNamespace(decode=lambda z: z * torch.nan), lambda run: ((lambda: None), run()))
+    other = GraphedDecoder(Decoder(lambda z: z * torch.nan), lambda run: ((lambda: None), run()))
     assert torch.equal(replace(tiny_pipe, decoder=other).decode(z), tiny_pipe.decode(z))
     own = GraphedDecoder(tiny_pipe.vae, lambda run: ((lambda: None), torch.full_like(run(), 0.5)))
     assert torch.equal(replace(tiny_pipe, decoder=own).decode(z), torch.full_like(tiny_pipe.decode(z), 0.5))

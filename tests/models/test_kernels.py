@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from latentdiff.models import fused
+from latentdiff.models.convolution import Conv2d
+
 KERNELS = ("group_norm", "layer_norm", "geglu", "add_", "double")
 SHAPES = [(1, 32, 4, 4, 8), (2, 320, 9, 7, 32), (1, 96, 16, 16, 16), (3, 24, 1, 5, 4), (1, 64, 40, 40, 32), (2, 960, 8, 8, 32)]
 
@@ -106,6 +109,54 @@ def check_networks(device: str) -> None:
     assert set(calls) == set(KERNELS), calls
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", ["moments", "join", "apply"])
+def test_maps_of_large_pictures_fit_in_a_launch(kernel, monkeypatch):
+    """CUDA starts no more than 65,535 blocks along the second and third axes."""
+    kernels = pytest.importorskip("latentdiff.models.kernels")
+    grids = {}
+    for name in ("moments", "join", "apply"):
+        launch = {"__getitem__": lambda _, grid, name=name: lambda *_, **__: grids.update({name: grid})}
+        monkeypatch.setattr(kernels, name, type("Launch", (), launch)())
+    x = torch.empty(2, 64, 4096, 4096, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    weight = torch.empty(64, device="meta")
+    kernels.group_norm(x, 32, weight, weight, 1e-5, silu=True)
+    assert len(grids) == 3
+    assert max(grids[kernel][1:]) <= 65_535
+
+
+@torch.no_grad()
+def test_who_listens_or_stands_in_their_place_is_heard_on_a_gpu(monkeypatch):
+    def add_(x: torch.Tensor, bias: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        x += bias[:, None, None] + (0 if other is None else other)
+        return x
+
+    monkeypatch.setattr(fused, "fuses", lambda x: True)
+    monkeypatch.setattr(fused, "kernels", lambda: SimpleNamespace(add_=add_))
+    x, other = (torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    conv, heard = Conv2d(8, 8, 3, padding=1).to(memory_format=torch.channels_last), []  # type: ignore[call-overload]
+    plain = F.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(fused.conv_add(conv, x, other), other + plain)
+    hook = conv.register_forward_hook(lambda _layer, _inputs, out: heard.append(2 * out) or heard[0])
+    torch.testing.assert_close(fused.conv_add(conv, x, other), other + 2 * plain)
+    torch.testing.assert_close(heard[0], 2 * plain)  # nobody wrote over it
+    hook.remove()
+    conv.padding_mode = "circular"
+    circular = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), conv.weight, conv.bias)
+    torch.testing.assert_close(fused.conv_add(conv, x, other), other + circular)
+    conv.__class__ = torch.nn.Conv2d
+    torch.testing.assert_close(fused.conv_add(conv, x, other), other + circular)
+    for norm, run in (
+        (torch.nn.GroupNorm(4, 8), lambda norm: fused.norm_silu(norm, x)),
+        (torch.nn.GroupNorm(4, 8), lambda norm: fused.conv_norm_silu(conv, norm, x)),
+        (torch.nn.LayerNorm(5), lambda norm: fused.layer_norm(norm, x)),
+        (torch.nn.LayerNorm(5), lambda norm: fused.linear_add_norm(torch.nn.Linear(5, 5), norm, x, x)),
+    ):
+        heard.clear()
+        norm.register_forward_hook(lambda _layer, _inputs, out: heard.append(out))
+        run(norm)
+        assert len(heard) == 1
 
 
 def test_kernels_under_the_interpreter():

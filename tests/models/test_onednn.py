@@ -52,12 +52,14 @@ def test_other_layouts_of_what_is_added():
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", [10**6, 1000, 384])
-def test_the_feed_forward_net_at_once_and_in_parts(part, monkeypatch):
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_feed_forward_net_at_once_and_in_parts(part, turned, monkeypatch):
     rows = 7
     monkeypatch.setattr(onednn, "PART", part)
     torch.manual_seed(0)
     net = attention.FeedForward(96).bfloat16()
     x, other = torch.randn(2, rows, 96).bfloat16(), torch.randn(2, rows, 96).bfloat16()
+    other = other.mT.contiguous().mT if turned else other  # as the tokens of a map that is not channels-last
     actual = net(x, other)
     with torch.enable_grad():
         plain = net(x, other).detach()

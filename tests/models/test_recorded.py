@@ -15,6 +15,7 @@ from latentdiff import loading
 from latentdiff.loading import ready
 from latentdiff.models import recorded
 from latentdiff.models.attention import sdpa
+from latentdiff.models.narrow import narrow
 from latentdiff.models.recorded import Calls, Changed, Recorded, RecordedDecoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE
@@ -233,6 +234,34 @@ def test_what_cannot_be_written_down_runs_as_ever(unet, forwards, monkeypatch):
         monkeypatch.setattr(recorded, "PLACES", 2 * 8 * 8)
         same(net, x, t, prompt, vector)
         assert net.book.known
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["circular", "forward", "eps", "class"])
+def test_what_is_set_on_a_part_is_seen(change):
+    unet = network(torch.float32)
+    net = Recorded(unet)
+    same(net, *inputs(unet))
+    if change == "circular":
+        unet.conv_in.padding_mode = "circular"
+    elif change == "forward":
+        unet.conv_out.forward = lambda x: 2 * type(unet.conv_out).forward(unet.conv_out, x)
+    elif change == "eps":
+        unet.mid_block.resnets[0].norm1.eps = 0.5
+    else:
+        unet.conv_out.__class__ = torch.nn.Conv2d
+        unet.conv_out.weight.mul_(2)
+    same(net, *inputs(unet))
+
+
+def test_a_network_in_fewer_bits_is_no_smaller(monkeypatch):
+    """What a recording holds while it is made would be all of the weights in full."""
+    unet = network(torch.float32)
+    count = sum(w.numel() for w in unet.parameters())
+    narrow(unet, "int8")
+    assert sum(w.numel() for w in unet.parameters()) < count / 2
+    monkeypatch.setattr(recorded, "SMALL", count - 1)
+    assert not recorded.is_small(unet)
 
 
 @torch.no_grad()
