@@ -7,6 +7,7 @@ from dataclasses import replace
 from latentdiff.checkpoints.adapted import Files, adapted
 from latentdiff.checkpoints.io import Parts
 from latentdiff.loading import network
+from latentdiff.models.caching import Cached
 from latentdiff.models.text import Tokenizer
 from latentdiff.pipeline import Pipeline
 
@@ -26,8 +27,12 @@ def adapt(
     embeddings: files of textual inversion, each with the word that stands for it in prompts; None takes the file's own.
     merge: put LoRAs into the weights; False adds them to the layers' outputs at every step: slower, but nothing is rounded.
     allow_pickle: also read .pt and .bin, with torch's `weights_only=True`. compile: the new U-Net, as in `load`.
-    Errors: FileNotFoundError; ValueError for a scale, and CheckpointError for a file that does not fit the model, listing the keys.
+    Errors: FileNotFoundError; ValueError for a scale, for a LoRA on a U-Net in 8 bits or narrowed, and for `compile` with `cache`;
+    CheckpointError for a file that does not fit the model, listing the keys.
     """
+    cached = pipe.network if isinstance(pipe.network, Cached) else None
+    if compile and cached:
+        raise ValueError("compile must be False for a model that was loaded with cache")
     parts = Parts(
         spec=pipe.spec,
         unet=pipe.unet,
@@ -38,4 +43,5 @@ def adapt(
     )
     made = adapted(parts, lora=lora, embeddings=embeddings, merge=merge, allow_pickle=allow_pickle)
     text = replace(pipe.text, towers=made.text_encoders, tokenizers=made.tokenizers, spec=made.spec)
-    return replace(pipe, unet=made.unet, text=text, spec=made.spec, network=network(made.unet, compile))
+    runs = Cached(made.unet, cached.every) if cached else network(made.unet, compile)
+    return replace(pipe, unet=made.unet, text=text, spec=made.spec, network=runs)

@@ -25,6 +25,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = 64  # that a network may be compiled for
 
 
 def load(
@@ -55,10 +56,12 @@ def load(
     float8: the U-Net's linear layers in 8 bits, on NVIDIA GPUs of 2022 and later: nearly the same picture.
     weights: "int8" or "bfloat16": the U-Net's kept so on a CPU and widened where used: less memory, nearly the same picture.
     cache: the deep features of a step serve so many steps (Ma et al., arXiv 2312.00858): 2 or 3 is faster, and another picture.
-    Errors: FileNotFoundError; ValueError for an unknown device or dtype, and CheckpointError for a file that cannot be used.
+    Errors: FileNotFoundError; ValueError for an unknown device or dtype and for options that do not fit them; CheckpointError for a
+    file that cannot be used.
     """
     place = best_device() if device is None else checked_device(device)
     kind = best_dtype(place) if dtype is None else checked_dtype(dtype)
+    check(place, kind, compile=compile, float8=float8, weights=weights, cache=cache)
     parts = load_parts(
         embedded() if path is None else path,
         prediction=prediction,
@@ -84,8 +87,7 @@ def ready(
     cache: int = 1,
 ) -> Pipeline:
     """The parts on a device, in a dtype, laid out as convolutions are fastest there: channels last."""
-    if cache < 1 or (compile and cache > 1):
-        raise ValueError(f"cache must be at least 1, and 1 with compile=True, got {cache!r}")
+    check(device, dtype, compile=compile, float8=float8, weights=weights, cache=cache)
     upcast = dtype == torch.float16 and getattr(parts.spec.vae, "force_upcast", False)  # SDXL's overflows in float16 alone
     unet = parts.unet.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae = parts.vae.to(device, torch.float32 if upcast else dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -110,6 +112,17 @@ def ready(
     )
 
 
+def check(device: torch.device, dtype: torch.dtype, *, compile: bool, float8: bool, weights: Width | None, cache: int) -> None:
+    """Errors: ValueError for options of `ready` that do not fit the place or each other, before a model is read."""
+    if type(cache) is not int or cache < 1 or (compile and cache > 1):
+        raise ValueError(f"cache must be at least 1, and 1 with compile=True, in whole numbers, got {cache!r}")
+    small: Any = torch.nn.LayerNorm(1, device=device, dtype=dtype)  # in a U-Net's place, of which place and dtype are looked at
+    if float8:
+        quantise(small)
+    if weights is not None:
+        narrow(small, weights)
+
+
 def network(unet: UNet, compile: bool) -> Network | None:
     """What runs in the U-Net's place: compiled, or recorded, on CUDA both; None where nothing is to be gained."""
     device = next(unet.parameters()).device
@@ -122,7 +135,13 @@ def network(unet: UNet, compile: bool) -> Network | None:
 
 
 def compile_options(device: torch.device) -> dict[str, Any]:
-    """Whole, for one shape at a time; on CUDA each kernel is chosen by trial, and recording is ours."""
+    """Whole, for one shape at a time; on CUDA each kernel is chosen by trial, and recording is ours.
+
+    Sizes, batches and guidance make many shapes: torch's limit of 8, at which it ends in an error, is raised.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, SHAPES)
     return {"fullgraph": True, "dynamic": False, "mode": "max-autotune-no-cudagraphs" if device.type == "cuda" else None}
 
 

@@ -1,5 +1,7 @@
 """LoRAs and words on a pipeline: another pipeline; the first makes the same pictures as before."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +10,7 @@ from latentdiff import cli
 from latentdiff.adapt import adapt
 from latentdiff.checkpoints.adapted import scaled, worded
 from latentdiff.checkpoints.files import CheckpointError, write_safetensors
+from latentdiff.models.caching import Cached
 
 FEW = {"steps": 2, "seed": 1, "progress": False}
 
@@ -39,6 +42,27 @@ def test_loras_make_another_pipeline(tiny_pipe, tmp_path):
     assert picture(adapt(tiny_pipe, lora={path: 1.0})) != picture(on)
     off = adapt(on, lora={path: -0.8})  # from merged weights: close, not equal; the first pipeline is the way back
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(off.unet.parameters(), tiny_pipe.unet.parameters(), strict=True))
+
+
+def test_what_is_on_already_stays_on(tiny_pipe, tmp_path):
+    """A LoRA that was not merged, under a second one and under a new word; and features that are kept for some steps."""
+    path = lora(tiny_pipe, tmp_path / "l.safetensors")
+    width = tiny_pipe.spec.towers[0].width
+    write_safetensors(tmp_path / "w.safetensors", {"toyword": torch.ones(1, width)})
+    on = adapt(tiny_pipe, lora={path: 0.3}, merge=False)
+    twice = adapt(adapt(on, lora={path: 0.4}), embeddings=tmp_path / "w.safetensors")
+    near, far = (differ(picture(twice), picture(adapt(tiny_pipe, lora={path: scale}))) for scale in (0.7, 0.4))
+    assert 10 * near < far
+    cached = replace(tiny_pipe, network=Cached(tiny_pipe.unet, 3))
+    found = adapt(cached, lora=path)
+    assert isinstance(found.network, Cached)
+    assert (found.network.unet, found.network.every) == (found.unet, 3)
+    with pytest.raises(ValueError, match="compile must be False for a model that was loaded with cache"):
+        adapt(cached, lora=path, compile=True)
+
+
+def differ(a: bytes, b: bytes) -> int:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def test_words(tiny_pipe, tmp_path):

@@ -19,7 +19,7 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import guided
 from latentdiff.diffusion.rules import cfg, rescale
 from latentdiff.diffusion.samplers import SAMPLERS
-from latentdiff.loading import best_dtype, ready
+from latentdiff.loading import best_dtype, compile_options, ready
 from latentdiff.models.caching import Cached
 from latentdiff.models.fused import norm_silu
 from latentdiff.models.graphs import Graphed
@@ -132,6 +132,13 @@ def test_compiled_it_is_the_same(tiny_parts, pipe, monkeypatch):
     torch.testing.assert_close(in_float32("VAE", compiled.vae.bfloat16()).decode(x), pipe.decode(x), rtol=0.1, atol=0.1)
 
 
+@torch.no_grad()
+def test_it_is_compiled_for_more_shapes_than_torch_would():
+    layer = torch.compile(torch.nn.Conv2d(1, 1, 1), backend="eager", **compile_options(CPU))
+    for side in range(2, 12):
+        assert layer(torch.zeros(1, 1, side, side)).shape[-1] == side
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
 def test_compiled_by_inductor_it_is_the_same(tiny_parts, pipe):
@@ -172,7 +179,7 @@ def test_the_loop_never_waits_for_a_device(pipe, sampler):
     """On `meta`, whatever asks a tensor for its numbers, as only waiting for a GPU could, is an error."""
     unet = copy.deepcopy(pipe.unet).to("meta", torch.bfloat16)
     prompt, negative = (Cond(torch.empty(2, 5, 32, device="meta", dtype=torch.bfloat16)) for _ in range(2))
-    denoiser = Denoiser(unet, pipe.schedule, "v", torch.bfloat16, prepare=lambda cond: cond.project(unet, [900.0]))
+    denoiser = Denoiser(unet, pipe.schedule, "v", torch.bfloat16, prepare=lambda a, b: a.join(b).project(unet, [900.0]))
     denoise = guided(denoiser, prompt, negative, cfg(7.5) + rescale(0.5))
     sigmas = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.1, 0.0])
     *_, last = SAMPLERS[sampler](denoise, torch.empty(2, 4, 8, 8, device="meta"), sigmas, randn=torch.randn_like)

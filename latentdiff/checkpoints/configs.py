@@ -70,15 +70,16 @@ SCHEDULE_FIXED: Mapping[str, tuple] = {"trained_betas": (None,)}
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
-# What a scheduler's absent fields mean: spacing, and whether the last step ends at the lowest level and not at zero.
+# Spacing, and whether the last step ends at the lowest level and not at zero, where a scheduler's file does not say; of all
+# others they are "linspace" and False.
 SCHEDULER_DEFAULTS: Mapping[str, tuple[str, bool]] = {
     "DDIMScheduler": ("leading", False),
     "DDPMScheduler": ("leading", False),
     "PNDMScheduler": ("leading", True),
-    "LCMScheduler": ("leading", False),
-    "TCDScheduler": ("leading", False),
-    "DPMSolverSDEScheduler": ("linspace", False),
 }
+# Whose `set_alpha_to_one` counts, beside that of files without a class; in others it is a leftover (SDXL's Euler).
+ALPHA_TO_ONE = ("DDIM", "PNDM", "None")
+NOT_BETAS = ("EDM", "FlowMatch")  # schedulers of models that were trained on other noise levels (CosXL, SD 3)
 # Schedulers of distilled models say how they want to be sampled, whatever else stands in the file. TCD's ends at the lowest level.
 FEW_STEPS = SamplingSpec(spacing="lcm", steps_offset=0, final="zero", sampler="lcm", steps=4, guidance=1.0)
 DISTILLED: Mapping[str, SamplingSpec] = {
@@ -277,9 +278,11 @@ def read_schedule(config: Config) -> tuple[ScheduleSpec, SamplingSpec, str]:
     config.check({"beta_schedule": tuple(KINDS), "prediction_type": tuple(PREDICTIONS)})
     config.check({"timestep_spacing": TIME_SPACINGS})
     name = str(config.data.get("_class_name"))
+    if name.startswith(NOT_BETAS) or ("beta_schedule" not in config.data and {"sigma_data", "shift"} & set(config.data)):
+        raise CheckpointError(f"{config.path}: {name} is for models trained on other noise levels than betas; latentdiff runs none")
     spacing, to_lowest = SCHEDULER_DEFAULTS.get(name, ("linspace", False))
     spacing = config.get("timestep_spacing", str, spacing)
-    if "set_alpha_to_one" in config.data:
+    if "set_alpha_to_one" in config.data and name.startswith(ALPHA_TO_ONE):
         to_lowest = not config.get("set_alpha_to_one", bool)
     to_lowest = to_lowest or config.data.get("final_sigmas_type") == "sigma_min"
     schedule = ScheduleSpec(
@@ -354,7 +357,7 @@ def assemble(*, unet: Config, vae: Config, scheduler: Config | None, towers: Seq
             f"{unet.path}: cross_attention_dim is {u.context_dim}, but the text towers are {widths} wide together"
         )
     _built(unet, lambda: spec.task)  # a U-Net input that means nothing is an error now, with the file's name
-    return replace(spec, name=family_name(spec))
+    return named(spec)
 
 
 def _first_releases(config: Config, unet: UNetConfig) -> UNetConfig:
@@ -380,13 +383,15 @@ def _vector_layout(config: Config, vector: int, pooled: int) -> str:
     return layouts[vector]
 
 
-def family_name(spec: ModelSpec) -> str:
-    """The family whose U-Net and prediction are these, "custom" if there is none."""
-    for family in FAMILIES.values():
-        same = replace(family.unet, sample_size=spec.unet.sample_size, time_cond_dim=spec.unet.time_cond_dim)
-        if same == spec.unet and (family.prediction == spec.prediction or family.vector != "none"):
-            return family.name
-    return "custom"
+def named(spec: ModelSpec) -> ModelSpec:
+    """With the name of the family whose U-Net it has, or "custom". SD 2.x's two are told by prediction, then by size."""
+
+    def likeness(family: ModelSpec) -> tuple[bool, bool]:
+        return family.prediction == spec.prediction, family.unet.sample_size == spec.unet.sample_size
+
+    free = {"sample_size": spec.unet.sample_size, "time_cond_dim": spec.unet.time_cond_dim}
+    same = [family for family in FAMILIES.values() if replace(family.unet, **free) == spec.unet]
+    return replace(spec, name=max(same, key=likeness).name if same else "custom")
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -59,7 +59,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("U-Net of a folder", "load the folder that holds unet/, vae/ and the text tower", ("down_blocks.",)),
 )
 UNKNOWN = Kind("unknown", "it is no Stable Diffusion 1.x, 2.x or XL, nor anything else that latentdiff knows")
-PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
+PREDICTIONS = {"v": "v", **configs.PREDICTIONS, "eps": "eps"}  # of each the first is ModelSpec's, which we write
 BASE_STEP = 875000  # `global_step` of the SD 2.0 base release, which predicts eps
 
 
@@ -91,7 +91,7 @@ def detect(file: TensorFile) -> Found:
     if prediction is not None:
         spec = predicting(spec, prediction)
     if "ztsnr" in file.entries:
-        spec = replace(spec, schedule=replace(spec.schedule, zero_snr=True))
+        spec = with_zero_snr(spec)
     return Found(spec, layout, evidence)
 
 
@@ -99,7 +99,13 @@ def predicting(spec: ModelSpec, prediction: Prediction) -> ModelSpec:
     """The same model with another prediction; SD 2.x's two releases differ in their size too."""
     if spec in (families.SD21, families.SD21_BASE) and prediction != "x0":
         return families.SD21 if prediction == "v" else families.SD21_BASE
-    return replace(spec, prediction=prediction)
+    return configs.named(replace(spec, prediction=prediction))
+
+
+def with_zero_snr(spec: ModelSpec) -> ModelSpec:
+    """Noise alone at the last step, and a grid that begins there (Lin et al. 2023, arXiv 2305.08891, sections 3.1 and 3.3)."""
+    sampling = replace(spec.sampling, spacing="trailing")
+    return replace(spec, schedule=replace(spec.schedule, zero_snr=True), sampling=sampling)
 
 
 def unet_channels(file: TensorFile) -> int:

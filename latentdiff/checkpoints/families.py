@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from latentdiff.diffusion import schedules
+from latentdiff.diffusion.denoiser import Prediction
 from latentdiff.models.text import TowerSpec
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
 from latentdiff.models.vae_tiny import TinyVAEConfig
-
-Prediction = Literal["eps", "v", "x0"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,3 +167,13 @@ FAMILIES: Mapping[str, ModelSpec] = {
         SDXL_REFINER,
     )
 }
+
+
+def noise_schedule(spec: ScheduleSpec) -> schedules.NoiseSchedule:
+    """The noise levels that a model's spec describes."""
+    if spec.kind == "cosine":
+        found = schedules.cosine(spec.steps)
+    else:
+        make = schedules.linear if spec.kind == "linear" else schedules.scaled_linear
+        found = make(spec.steps, spec.beta_start, spec.beta_end)
+    return schedules.zero_snr(found) if spec.zero_snr else found

@@ -252,10 +252,11 @@ def _is_zip(path: Path) -> bool:
 def _unnest(path: Path, loaded: Any) -> dict[str, Tensor]:
     """The tensors of a training checkpoint, which nests them under `state_dict`, sometimes twice."""
     extra: dict[str, Tensor] = {}
-    while isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        if isinstance(step := loaded.get("global_step"), int):
-            extra["global_step"] = torch.tensor(step)
-        loaded = loaded["state_dict"]
+    for _ in range(4):  # a pickle may hold itself
+        if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+            if isinstance(step := loaded.get("global_step"), int):
+                extra["global_step"] = torch.tensor(step)
+            loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}")
     if isinstance(inner := loaded.get("string_to_param"), Mapping):  # A1111's textual inversion
@@ -280,6 +281,8 @@ def open_shards(index: Path, *, allow_pickle: bool = False) -> TensorFile:
     for name, shard in names.items():
         if name not in shards[shard].entries:
             raise CheckpointError(f"{index}: tensor {name!r} should be in {shard}, which does not have it; shards do not match")
+    if left := [name for shard in shards.values() for name in shard.entries if name not in names]:
+        raise CheckpointError(f"{index}: its shards hold {some_names(left)}, which it does not list; shards do not match")
     entries = {name: shards[shard].entries[name] for name, shard in names.items()}
     return TensorFile(index, entries, lambda name: shards[names[name]].get(name))
 
@@ -301,7 +304,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def replacing(path: Path):
     """A path beside `path` to write to; it takes the place of `path` once it is whole and on the disk, or disappears."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _beside(path, "part")
     try:
         yield part
         with part.open("rb") as f:
@@ -313,19 +316,57 @@ def replacing(path: Path):
 
 @contextmanager
 def replacing_folder(path: Path):
-    """A new folder beside `path` that takes its place once it is whole; only another model folder is ever replaced."""
-    if path.exists() and not (path.is_dir() and ((path / "model_index.json").is_file() or not any(path.iterdir()))):
-        raise FileExistsError(f"{path}: exists and is no model folder (model_index.json); it is not replaced")
-    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    part.mkdir(parents=True)
+    """The same for a folder. Two renames replace one, so the old one is taken back if the second does not come about."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, old = _beside(path, "part"), _beside(path, "old")
+    part.mkdir()
     try:
         yield part
+        _flush(part)
         if path.exists():
             path.rename(old)
         part.rename(path)
+        _flush(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, end: str) -> Path:
+    """A name beside `path` for this process. What killed ones left there goes, but for the older folder where there is no other."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.{end}")
+    if end == "part" or path.exists():
+        for found in [*path.parent.iterdir()]:
+            if not (match := left.fullmatch(found.name)) or _runs(int(match[1])):
+                continue
+            if found.is_dir():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                found.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
+
+
+def _runs(pid: int) -> bool:
+    """Whether this is another process that may still be writing. On Windows none can be asked without ending it."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0) if os.name == "posix" else None
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """The names in a folder onto the disk; Windows neither can nor need."""
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

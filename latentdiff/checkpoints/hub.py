@@ -10,7 +10,8 @@ DATA = re.compile(
     r"([\w-]+/)?(model_index|config|[\w-]+_config|special_tokens_map|vocab|tokenizer|added_tokens)\.json|[\w-]+/merges\.txt"
 )
 WEIGHTS = re.compile(
-    r"([\w-]+/)?(diffusion_pytorch_model|model)(?P<variant>\.[\w-]+?)?(-\d+-of-\d+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    r"([\w-]+/)?(diffusion_pytorch_model|model|pytorch_model)(?P<variant>\.[\w-]+?)?(-\d+-of-\d+)?"
+    r"\.(?P<kind>safetensors|bin)(\.index(\.\w+)?\.json)?"
 )
 FOLDERS = ("", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "clip")
 
@@ -19,23 +20,31 @@ def is_id(text: str) -> bool:
     return bool(ID.fullmatch(text)) and not text.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
-def fetch(repo: str, *, variant: str | None = None, revision: str | None = None) -> Path:
+def fetch(repo: str, *, variant: str | None = None, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """The folder of a hub id in huggingface_hub's cache; only the files that are needed are downloaded.
 
-    With HF_HUB_OFFLINE, or where the hub cannot be reached, what the cache holds is used.
+    With HF_HUB_OFFLINE, or where the hub cannot be reached or refuses, what the cache holds is used.
+    Errors: FileNotFoundError, or CheckpointError with what the hub says, where that is nothing; CheckpointError for an unknown
+    revision, and for a part that is there as a pickle alone, unless `allow_pickle`.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
         try:
             # Asks once; `list_repo_files` would go on asking for 23 s where there is no network.
             info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except Exception as error:  # offline, out of reach, or down: the errors are those of whichever HTTP library it uses
-            if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
+        except RevisionNotFoundError:
+            raise
+        except Exception as error:  # offline, out of reach, down, refused: the errors are those of whichever HTTP library it uses
+            try:
+                return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            except LocalEntryNotFoundError as nothing:
+                refused = isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500
+                if refused and not getattr(nothing, "snapshot_path", None):
+                    raise error from None
                 raise
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        files = needed([file.rfilename for file in info.siblings or []], variant)
+        files = needed(repo, [file.rfilename for file in info.siblings or []], variant, allow_pickle=allow_pickle)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except LocalEntryNotFoundError as error:
         if part := getattr(error, "snapshot_path", None):  # "incomplete": the files that we never fetch are not there
@@ -49,16 +58,26 @@ def fetch(repo: str, *, variant: str | None = None, revision: str | None = None)
         raise CheckpointError(f"{repo}: the hub says: {' '.join(said[:2])}") from None
 
 
-def needed(files: list[str], variant: str | None) -> list[str]:
-    """Of a repository's files those that a load reads: configurations, and one precision of each part's weights."""
+def needed(repo: str, files: list[str], variant: str | None, *, allow_pickle: bool = False) -> list[str]:
+    """Of a repository's files those that a load reads: configurations, and one precision of each part's weights.
+
+    A pickle is taken where a part has nothing else. Errors: CheckpointError for one without `allow_pickle`.
+    """
     files = [f for f in files if f.rpartition("/")[0] in FOLDERS]
     chosen = [f for f in files if DATA.fullmatch(f)]
-    weights: dict[str, dict[str, list[str]]] = {}
+    weights: dict[str, dict[str, dict[str, list[str]]]] = {}
     for file in files:
         if match := WEIGHTS.fullmatch(file):
             index_variant = re.search(r"\.index\.(\w+)\.json$", file)
             name = match["variant"] or (f".{index_variant[1]}" if index_variant else "")
-            weights.setdefault(file.rpartition("/")[0], {}).setdefault(name, []).append(file)
-    for variants in weights.values():
+            kinds = weights.setdefault(file.rpartition("/")[0], {})
+            kinds.setdefault(match["kind"], {}).setdefault(name, []).append(file)
+    for part, kinds in weights.items():
+        if "safetensors" not in kinds and not allow_pickle:
+            raise CheckpointError(
+                f"{repo}: of {part or 'the weights'} there is only a pickle (.bin), which can run code when read; if you trust it, "
+                "allow_pickle=True (--allow-pickle), which still reads nothing but tensors"
+            )
+        variants = kinds.get("safetensors") or kinds["bin"]
         chosen += variants.get(f".{variant}") or variants.get("") or variants[min(variants)]
     return chosen

@@ -84,8 +84,8 @@ def load_parts(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     options = Options(dtype=dtype, device=torch.device(device), allow_pickle=allow_pickle, variant=variant, ema=ema)
-    where = locate(path, variant=variant, revision=revision)
-    other = None if vae is None else locate(vae, variant=variant)
+    where = locate(path, variant=variant, revision=revision, allow_pickle=allow_pickle)
+    other = None if vae is None else locate(vae, variant=variant, allow_pickle=allow_pickle)
     if not where.is_dir():
         return _load_single(where, prediction, other, options, spec)
     if ema or spec is not None:
@@ -93,7 +93,7 @@ def load_parts(
     return _load_folder(where, prediction, other, options)
 
 
-def locate(path: str | os.PathLike, *, variant: str | None = None, revision: str | None = None) -> Path:
+def locate(path: str | os.PathLike, *, variant: str | None = None, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """A file or folder on this machine, fetched first if `path` is a hub id and nothing of that name is here."""
     if not os.fspath(path):
         raise ValueError("path is empty: needs a file, a folder or a hub id (owner/name)")
@@ -101,7 +101,7 @@ def locate(path: str | os.PathLike, *, variant: str | None = None, revision: str
     if here.exists():
         return here
     if isinstance(path, str) and hub.is_id(path):
-        return hub.fetch(path, variant=variant, revision=revision)
+        return hub.fetch(path, variant=variant, revision=revision, allow_pickle=allow_pickle)
     raise FileNotFoundError(f"{here}: there is no such file or folder, and it is no hub id (owner/name)")
 
 
@@ -110,7 +110,7 @@ def locate(path: str | os.PathLike, *, variant: str | None = None, revision: str
 
 def _load_folder(folder: Path, prediction: Prediction | None, vae: Path | None, options: Options) -> Parts:
     spec, tokenizers = read_folder(folder)
-    spec = replace(spec, prediction=prediction or spec.prediction)
+    spec = configs.named(replace(spec, prediction=prediction or spec.prediction))
     towers = [
         from_folder(on_meta(TextTower, tower), folder / name, options, f"text tower {name}", keymap.TEXT_SYNONYMS)
         for name, tower in zip(tower_folders(folder), spec.towers, strict=True)
@@ -266,7 +266,7 @@ def _tried(spec: ModelSpec, unet: UNet, path: Path) -> ModelSpec:
 
 
 def load_vae(path: Path, spec: ModelSpec, options: Options) -> VAE | TinyVAE:
-    """An autoencoder for a model: a folder (its own or a model's), or a single file, original naming, of the model's sizes."""
+    """An autoencoder for a model: a folder (its own or a model's), or a single file in either naming, of the model's sizes."""
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         config = configs.read_vae(Config(folder / "config.json"))
@@ -278,8 +278,11 @@ def load_vae(path: Path, spec: ModelSpec, options: Options) -> VAE | TinyVAE:
     file = open_single(path, options.allow_pickle)
     config = spec.vae if isinstance(spec.vae, VAEConfig) else VAEConfig()
     module = on_meta(VAE, config)
-    prefix = keymap.VAE_PREFIX if any(n.startswith(keymap.VAE_PREFIX) for n in file.entries) else ""
-    sources = keymap.vae_sources(module.state_dict(), config, prefix=prefix)
+    if any(".mid_block." in name for name in file.entries):  # a folder's weights by themselves
+        file, sources = keymap.mended(file, keymap.VAE_SYNONYMS), {name: Source(name) for name in module.state_dict()}
+    else:
+        prefix = keymap.VAE_PREFIX if any(n.startswith(keymap.VAE_PREFIX) for n in file.entries) else ""
+        sources = keymap.vae_sources(module.state_dict(), config, prefix=prefix)
     if CONV_IN not in file.entries:  # of a whole model only its autoencoder is taken
         check_leftovers(file, sources.values(), "VAE")
     return fill(module, file, sources, options, "VAE")

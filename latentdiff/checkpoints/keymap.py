@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints.families import ModelSpec
-from latentdiff.checkpoints.files import TensorFile, some_names
+from latentdiff.checkpoints.files import CheckpointError, TensorFile, some_names
 from latentdiff.models.unet import UNetConfig
 from latentdiff.models.vae import VAEConfig
 
@@ -246,14 +246,18 @@ def ignorable(name: str) -> bool:
 
 
 def mended(file: TensorFile, synonyms: Mapping[str, str]) -> TensorFile:
-    """The same file under today's names."""
+    """The same file under today's names. Errors: CheckpointError where two become one, unless their numbers are the same."""
 
     def mend(name: str) -> str:
         for old, new in synonyms.items():
             name = re.sub(old, new, name)
         return name
 
-    there = {mend(name): name for name in file.entries}
+    there: dict[str, str] = {}
+    for name, entry in file.entries.items():
+        first = there.setdefault(mend(name), name)
+        if first != name and not (file.entries[first] == entry and torch.equal(file.get(first), file.get(name))):
+            raise CheckpointError(f"{file.path}: {first!r} and {name!r} mean the same and differ; which counts cannot be told")
     entries = {name: file.entries[old] for name, old in there.items()}
     return replace(file, entries=entries, get=lambda name: file.get(there[name]))
 

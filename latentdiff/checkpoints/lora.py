@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from latentdiff.checkpoints import keymap
 from latentdiff.checkpoints.files import CheckpointError, TensorFile, open_tensors, read_json, some_names
 from latentdiff.checkpoints.fill import on_meta
+from latentdiff.models.float8 import Float8Linear
+from latentdiff.models.narrow import Narrow
 from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
 
@@ -63,12 +66,12 @@ KINDS: tuple[frozenset[str], ...] = tuple(
 )
 BESIDE = {"bias", "dora", "magnitude"}  # roles that come with a change of a weight, or alone
 UNDERSCORED: Mapping[str, tuple[str, ...]] = {
-    "unet": ("lora_unet_",),
+    "unet": ("lora_unet_", "lycoris_"),
     "text 0": ("lora_te_", "lora_te1_"),
     "text 1": ("lora_te2_",),
 }
 DOTTED: Mapping[str, tuple[str, ...]] = {
-    "unet": ("unet.", "", "base_model.model."),
+    "unet": ("unet.", "", "base_model.model.", "diffusion_model."),
     "text 0": ("text_encoder.",),
     "text 1": ("text_encoder_2.",),
 }
@@ -167,7 +170,7 @@ def read_lora(path: str | os.PathLike, networks: Networks, *, allow_pickle: bool
 
 
 def _sorted_keys(file: TensorFile, targets: Mapping[str, Target]) -> tuple[dict[Target, dict[str, str]], list[str]]:
-    """Target -> role -> key, and the keys that have no target or no role."""
+    """Target -> role -> key, and the keys that have no target or no role. Errors: CheckpointError for two keys of one place."""
     found: dict[Target, dict[str, str]] = {}
     unknown = []
     for key in file.entries:
@@ -176,7 +179,10 @@ def _sorted_keys(file: TensorFile, targets: Mapping[str, Target]) -> tuple[dict[
         for old, new in OLD_NAMES.items():
             name = re.sub(old, new, name) if "." in name else name
         if end and name in targets:
-            found.setdefault(targets[name], {})[ROLES[end]] = key
+            roles, role = found.setdefault(targets[name], {}), ROLES[end]
+            if role in roles:
+                raise CheckpointError(f"{file.path}: {roles[role]!r} and {key!r} mean the same; which counts cannot be told")
+            roles[role] = key
         else:
             unknown.append(key)
     return found, unknown
@@ -198,7 +204,7 @@ def _targets(networks: Networks) -> dict[str, Target]:
         for spelling, name in spelled.items():
             for prefix in (*UNDERSCORED[network], *extra):
                 targets[prefix + spelling.replace(".", "_")] = (network, name)
-            for prefix in (*DOTTED[network], *(("diffusion_model.",) if network == "unet" else ())):
+            for prefix in DOTTED[network]:
                 targets[prefix + spelling] = (network, name)
     return targets
 
@@ -210,8 +216,13 @@ def _change(file: TensorFile, target: Target, roles: Mapping[str, str], said: Ma
         raise CheckpointError(f"{file.path}: the keys {some_names(roles.values())} are no complete change of a weight")
     if any(not t.isfinite().all() for t in tensors.values()):
         raise CheckpointError(f"{file.path}: {some_names(roles.values())} hold NaN or infinite numbers")
-    if "alpha" in roles or not said:
-        return Change(tensors, float(file.get(roles["alpha"])) if "alpha" in roles else None)
+    if "alpha" in roles:
+        alpha = file.get(roles["alpha"])
+        if alpha.numel() != 1 or not alpha.isfinite().all():
+            raise CheckpointError(f"{file.path}: {roles['alpha']} must be one finite number, found {alpha}")
+        return Change(tensors, float(alpha))
+    if not said:
+        return Change(tensors)
     return _with_alpha(Change(tensors), target, said)
 
 
@@ -268,6 +279,7 @@ def with_loras(networks: Networks, loras: Sequence[tuple[Lora, float]], *, merge
 
     loras: each with its scale; 0 is none, bit for bit. merge: put the changes into the weights (rounded once, from float32);
     False leaves the weights alone and adds the changes to the layers' outputs: slower, no rounding, little memory.
+    Errors: ValueError for a scale, and for a network whose weights are kept in fewer bits than they are used in.
     """
     for _, scale in loras:
         if not math.isfinite(scale):
@@ -280,15 +292,20 @@ def with_loras(networks: Networks, loras: Sequence[tuple[Lora, float]], *, merge
     made = {}
     for network, module in networks.items():
         changes = {name: found for (where, name), found in by_weight.items() if where == network}
+        if changes and any(isinstance(m, Narrow | Float8Linear) for m in module.modules()):
+            raise ValueError("lora can not be added to weights that were narrowed (float8, weights): give `lora` to `load`")
         made[network] = (_merged if merge else _hooked)(module, changes) if changes else module
     return made
 
 
 def twin(module: Any, state: Mapping[str, Tensor], config: Any = None) -> Any:
-    """A network like this one (or of another size) with these tensors, which are not copied."""
+    """A network like this one (or of another size) with these tensors, which are not copied, and with the LoRAs of its layers."""
     own = module.config if isinstance(module, UNet) else module.spec
     new = on_meta(type(module), own if config is None else config)
     new.load_state_dict(dict(state), strict=True, assign=True)
+    for old, layer in zip(module.modules(), new.modules(), strict=True):
+        for addition in [hook for hook in old._forward_hooks.values() if isinstance(hook, Addition)]:
+            layer.register_forward_hook(copy(addition))
     return new.requires_grad_(False).train(module.training)
 
 
@@ -338,31 +355,41 @@ def _hooked(module: nn.Module, changes: Mapping[str, list[tuple[Change, float]]]
         layer = new.get_submodule(name)
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{name} is no linear or convolutional layer: its change can only be merged (merge=True)")
-        layer.register_forward_hook(_addition(layer, found))
+        layer.register_forward_hook(Addition(layer, found))
     return new
 
 
-def _addition(layer: nn.Linear | nn.Conv2d, changes: Sequence[tuple[Change, float]]):
-    pairs = [(c, s) for c, s in changes if {"down", "up"} == set(c.tensors)]
-    dense = difference(layer.weight, [pair for pair in changes if pair not in pairs]).to(layer.weight.dtype)
-    bias = None if layer.bias is None else _bias_difference(layer.bias, changes).to(layer.bias.dtype)
+class Addition:
+    """A layer's forward hook, which adds to its output what LoRAs make of its input.
 
-    def add(_layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
-        x = inputs[0]
-        for change, scale in pairs:
-            out = out + scale * change.strength * _low_rank(layer, x, change)
-        return out if len(pairs) == len(changes) else out + _run(layer, x, dense, bias)
+    The tensors follow the layer's weight to another device or dtype, once: a copy at every call would be slow, and could not be
+    recorded on a GPU.
+    """
 
-    return add
+    def __init__(self, layer: nn.Linear | nn.Conv2d, changes: Sequence[tuple[Change, float]]):
+        pairs = [(c, s) for c, s in changes if {"down", "up"} == set(c.tensors)]
+        self.factors = [scale * change.strength for change, scale in pairs]
+        self.tensors: list[Tensor] = [t for change, _ in pairs for t in _two_layers(layer, change)]
+        if rest := [pair for pair in changes if pair not in pairs]:
+            self.tensors.append(difference(layer.weight, rest))
+            self.tensors += [] if layer.bias is None else [_bias_difference(layer.bias, rest)]
+        self.tensors = [t.to(layer.weight) for t in self.tensors]
+
+    def __call__(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        x, like = inputs[0], self.tensors[0]
+        if (like.device, like.dtype) != (layer.weight.device, layer.weight.dtype):
+            self.tensors = [t.to(layer.weight) for t in self.tensors]
+        pairs, rest = self.tensors[: 2 * len(self.factors)], self.tensors[2 * len(self.factors) :]
+        for factor, down, up in zip(self.factors, pairs[::2], pairs[1::2], strict=True):
+            inner = _run(layer, x, down)
+            out = out + factor * (F.linear(inner, up) if isinstance(layer, nn.Linear) else F.conv2d(inner, up))
+        return out + _run(layer, x, *rest) if rest else out
 
 
-def _low_rank(layer: nn.Linear | nn.Conv2d, x: Tensor, change: Change) -> Tensor:
-    """up(down(x)), the formula of the paper."""
-    down, up = (change.tensors[role].to(x.device, x.dtype) for role in ("down", "up"))
-    if isinstance(layer, nn.Linear):
-        return F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
-    down = down.reshape(len(down), *layer.weight.shape[1:])
-    return F.conv2d(_run(layer, x, down), up.reshape(*up.shape[:2], 1, 1))
+def _two_layers(layer: nn.Linear | nn.Conv2d, change: Change) -> tuple[Tensor, Tensor]:
+    """down, of the layer's kind, and up after it, which is 1×1 (the formula of the paper)."""
+    down, up = change.tensors["down"], change.tensors["up"].flatten(1)
+    return down.reshape(len(down), *layer.weight.shape[1:]), up.reshape(*up.shape, *[1] * (layer.weight.ndim - 2))
 
 
 def _run(layer: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -47,12 +47,13 @@ class Report:
         known = (("unknown", self.unknown), ("missing", self.missing)) if self.spec is not None else ()
         for what, names in known:
             lines.append(f"{what:<11} {f'{len(names)}: {some_names(names)}' if names else 'nothing'}")
-        return "\n".join([*lines, *(f"metadata    {k} = {' '.join(v.split())[:200]}" for k, v in self.metadata.items())])
+        said = (f"metadata    {k} = {' '.join(v.split())[:200]}" for k, v in self.metadata.items())
+        return "\n".join([*lines, *("".join(c for c in line if c.isprintable()) for line in said)])  # no commands to a terminal
 
 
 def inspect(path: str | os.PathLike, *, allow_pickle: bool = False, variant: str | None = None) -> Report:
     """Family, prediction, sizes, dtypes, metadata and what is unknown, of a file, a folder or a hub id. Reads headers only."""
-    where = locate(path, variant=variant)
+    where = locate(path, variant=variant, allow_pickle=allow_pickle)
     options = Options(allow_pickle=allow_pickle, variant=variant)
     return _folder(where, options) if where.is_dir() else _file(where, options)
 

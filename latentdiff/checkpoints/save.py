@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.checkpoints import configs, keymap, tokenizer
-from latentdiff.checkpoints.families import FAMILIES, ModelSpec, Prediction
-from latentdiff.checkpoints.files import replacing_folder, write_json, write_safetensors
+from latentdiff.checkpoints.detect import FAMILIES, PREDICTIONS, predicting, with_zero_snr
+from latentdiff.checkpoints.families import ModelSpec, Prediction
+from latentdiff.checkpoints.files import replacing_folder, some_names, write_json, write_safetensors
 from latentdiff.checkpoints.io import Parts, load_parts, single_sources
 from latentdiff.checkpoints.keymap import Source
 from latentdiff.models.vae_tiny import TinyVAEConfig
@@ -30,15 +30,17 @@ ARCHITECTURES: Mapping[str, str] = {
     "sdxl-instruct": "stable-diffusion-xl-v1-base/instruct-pix2pix",
     "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
 }
-PREDICTIONS = {"eps": "epsilon", "v": "v", "x0": "sample"}
+TOWERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+FOLDER = ("model_index.json", "scheduler", "unet", "vae", *TOWERS, "clip")  # what a folder that we write may hold
 
 
 def save_folder(parts: Parts, path: str | os.PathLike) -> None:
     """Write a model folder (diffusers layout); an older model folder of that name is replaced once the new one is whole.
 
-    Errors: FileExistsError if `path` is anything else than a model folder.
+    Errors: FileExistsError if `path` is anything else than a model folder, or holds more than that.
     """
     spec = parts.spec
+    check_replaceable(Path(path))
     with replacing_folder(Path(path)) as folder:
         write_json(folder / "model_index.json", configs.index_json(spec))
         write_json(folder / "scheduler" / "scheduler_config.json", configs.scheduler_json(spec))
@@ -50,6 +52,15 @@ def save_folder(parts: Parts, path: str | os.PathLike) -> None:
             tokenizer.write(folder / f"tokenizer{name}", words, tower.pad)
         if parts.clip is not None:
             shutil.copytree(parts.clip, folder / "clip")
+
+
+def check_replaceable(path: Path) -> None:
+    """Only a model folder is ever replaced, and none that holds something else, which would be lost."""
+    found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    if path.exists() and not (path.is_dir() and ("model_index.json" in found or not found)):
+        raise FileExistsError(f"{path}: exists and is no model folder (model_index.json); it is not replaced")
+    if others := [name for name in found if name not in FOLDER]:
+        raise FileExistsError(f"{path}: holds {some_names(others)} beside a model, and is not replaced; write to another name")
 
 
 def _write_part(folder: Path, stem: str, config: Mapping, module: nn.Module) -> None:
@@ -75,9 +86,13 @@ def single_tensors(parts: Parts) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part, sources in single_sources(modules, keymap.text_layout(parts.spec)).items():
         tensors |= original_tensors(modules[part].state_dict(), sources)
-    markers = {"v_pred": parts.spec.prediction == "v", "ztsnr": parts.spec.schedule.zero_snr}
-    xl = parts.spec.vector != "none"
-    return tensors | {name: torch.ones(1) for name, there in markers.items() if there and xl}
+    return tensors | {name: torch.ones(1) for name in markers(parts.spec)}
+
+
+def markers(spec: ModelSpec) -> list[str]:
+    """Names of tensors that say by being there what an SDXL predicts, and of its schedule."""
+    marks = {"v_pred": spec.prediction == "v", "ztsnr": spec.schedule.zero_snr}
+    return [name for name, there in marks.items() if there and spec.vector != "none"]
 
 
 def original_tensors(state: Mapping[str, Tensor], sources: Mapping[str, Source]) -> dict[str, Tensor]:
@@ -94,14 +109,14 @@ def _joined(found: list[tuple[Source, Tensor]]) -> Tensor:
 
 def metadata(parts: Parts) -> dict[str, str]:
     spec = parts.spec
-    xl = spec.vector != "none"
+    xl, layout = spec.vector != "none", keymap.text_layout(spec)
     said = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURES.get(spec.name, "stable-diffusion-v1/custom"),
+        "modelspec.architecture": ARCHITECTURES.get(spec.name, f"{ARCHITECTURES[FAMILIES[layout, 4].name]}/custom"),
         "modelspec.implementation": f"https://github.com/{'Stability-AI/generative-models' if xl else 'CompVis/stable-diffusion'}",
         "modelspec.title": parts.title,
         "modelspec.resolution": f"{spec.size}x{spec.size}",
-        "modelspec.prediction_type": PREDICTIONS[spec.prediction],
+        "modelspec.prediction_type": next(name for name, p in PREDICTIONS.items() if p == spec.prediction),
     }
     standard = all(tokenizer.is_standard(t) for t in parts.tokenizers)
     if not (standard and follows_from_names(spec)):
@@ -118,12 +133,12 @@ def metadata(parts: Parts) -> dict[str, str]:
 
 
 def follows_from_names(spec: ModelSpec) -> bool:
-    """Whether a reader who sees names, shapes and markers finds this spec again."""
-    family = FAMILIES.get(spec.name)
+    """Whether `detect` finds this spec again, from names, shapes and markers."""
+    family = FAMILIES.get((keymap.text_layout(spec), spec.unet.in_channels))
     if family is None:
         return False
-    zero_snr = replace(family.schedule, zero_snr=spec.schedule.zero_snr) if spec.vector != "none" else family.schedule
-    return spec == replace(family, prediction=spec.prediction, schedule=zero_snr)
+    found = predicting(family, spec.prediction)
+    return spec == (with_zero_snr(found) if spec.schedule.zero_snr and spec.vector != "none" else found)
 
 
 def convert(
@@ -139,10 +154,15 @@ def convert(
     """Load a model and save it: as one file if `target` ends in `.safetensors`, else as a folder.
 
     dtype: of the written weights; None keeps them. ema: take the U-Net's moving average. The others as in `load_parts`.
+    Errors: ValueError and FileExistsError for a target, before anything is read; else those of `load_parts`.
     """
     target = Path(target)
     if target.suffix in (".ckpt", ".pt", ".bin"):
         raise ValueError(f"target {target}: models are written as a .safetensors file or as a folder, not as a pickle")
+    single = target.suffix == ".safetensors"
+    if not single:
+        check_replaceable(target)
+    elif target.is_dir():
+        raise FileExistsError(f"{target}: is a folder; a name that ends in .safetensors is for one file")
     parts = load_parts(source, dtype=dtype, ema=ema, prediction=prediction, allow_pickle=allow_pickle, variant=variant)
-    save = save_single if target.suffix == ".safetensors" else save_folder
-    save(parts, target)
+    (save_single if single else save_folder)(parts, target)

@@ -4,6 +4,7 @@ A file holds n vectors for each tower. They become the tokens `word, word_1, …
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from latentdiff.checkpoints.lora import twin
 from latentdiff.models.text import TextTower, Tokenizer
 
 SDXL = ("clip_l", "clip_g")  # keys of SDXL's pairs, in the order of its towers
-ONE = ("string_to_param.*", "emb_params", "*")  # keys of files with one set of vectors that do not name the word
+ONE = re.compile(r"string_to_param\..*|emb_params|\*")  # keys of files with one set of vectors, which do not name the word
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,8 @@ def read_inversion(
     if set(names) == set(SDXL):
         keys = [n for n, t in zip(SDXL, towers, strict=False)] if len(towers) == 2 else ["clip_g"]
         own = None
-    elif any(key in names for key in ONE):
-        keys, own = [next(key for key in ONE if key in names)], file.metadata.get("name")
+    elif len(one := [name for name in names if ONE.fullmatch(name)]) == 1:
+        keys, own = one, file.metadata.get("name")
     elif len(names) == 1:
         keys, own = names, names[0]
     else:

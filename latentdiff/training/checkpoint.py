@@ -7,7 +7,6 @@ renamed, and only then are older ones removed, which first lose their names: wha
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from latentdiff.checkpoints.files import read_json, write_json, write_safetensors
+from latentdiff.checkpoints.files import read_json, replacing_folder, write_json, write_safetensors
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -43,14 +42,10 @@ def save(run: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
         raise FileExistsError(f"{final}: this step is saved already")
     for unfinished in run.glob(".step-*"):  # of a process that was killed
         shutil.rmtree(unfinished)
-    beside = run / f".{final.name}.partial"
-    beside.mkdir(parents=True)
-    for group, tensors in checkpoint.tensors.items():
-        write_safetensors(beside / f"{group}.safetensors", tensors)
-    write_json(beside / "state.json", {"step": checkpoint.step, **checkpoint.state})
-    _fsync(beside)
-    beside.rename(final)
-    _fsync(run)
+    with replacing_folder(final) as beside:
+        for group, tensors in checkpoint.tensors.items():
+            write_safetensors(beside / f"{group}.safetensors", tensors)
+        write_json(beside / "state.json", {"step": checkpoint.step, **checkpoint.state})
     for old in _steps(run)[:-keep]:
         shutil.rmtree(old.rename(run / f".{old.name}.old"))
     return final
@@ -99,9 +94,3 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _steps(run: Path) -> list[Path]:
     return sorted(p for p in run.iterdir() if _NAME.fullmatch(p.name)) if run.is_dir() else []
-
-
-def _fsync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)

@@ -278,6 +278,13 @@ def test_a_trainers_state_beside_the_tensors_is_passed_over(tmp_path, monkeypatc
         torch.load(tmp_path / "x.ckpt", weights_only=True)  # what is passed over here is not let through elsewhere
 
 
+def test_a_ckpt_that_holds_itself(tmp_path):
+    inside: dict = {"a": torch.ones(1)}
+    inside["state_dict"] = inside
+    torch.save(inside, tmp_path / "x.ckpt")
+    assert list(open_tensors(tmp_path / "x.ckpt", allow_pickle=True).entries) == ["a"]
+
+
 def test_a_ckpt_that_holds_no_dictionary(tmp_path):
     torch.save([torch.ones(2)], tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match="expected a dictionary of tensors, found list"):
@@ -299,13 +306,14 @@ def test_shards_are_one_file(tmp_path):
         ({"a": "../m-1.safetensors"}, "must be the name of a file beside the index"),
         ({"a": "/etc/passwd"}, "must be the name of a file beside the index"),
         ({"a": "m-9.safetensors"}, "there is no such file"),
+        ({"a": "m-1.safetensors"}, "its shards hold 'b', which it does not list"),
         ({"c": "m-1.safetensors"}, "'c' should be in m-1.safetensors, which does not have it"),
         ({}, "needs a weight_map"),
         ([1], "needs a weight_map"),
     ],
 )
 def test_shards_that_do_not_fit(tmp_path, weight_map, message):
-    write_safetensors(tmp_path / "m-1.safetensors", {"a": torch.zeros(1)})
+    write_safetensors(tmp_path / "m-1.safetensors", {"a": torch.zeros(1), "b": torch.zeros(1)})
     (tmp_path / "i.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises((CheckpointError, FileNotFoundError), match=message):
         open_shards(tmp_path / "i.json")
@@ -342,9 +350,41 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_only_model_folders_are_replaced(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
-    with pytest.raises(FileExistsError, match="is no model folder"), replacing_folder(tmp_path / "photos"):
-        pass
-    assert (tmp_path / "photos" / "cat.png").exists()
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, error):
+    target, rename = tmp_path / "model", Path.rename
+    target.mkdir()
+    (target / "a").touch()
+
+    def stop(path, to):
+        if path.suffix == ".part":
+            raise error
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(error), replacing_folder(target) as part:
+        (part / "b").touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["model", "model/a"]
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+def test_what_a_killed_process_left_is_cleared_away(tmp_path, pid):
+    """Also by one with the same number, as in containers; an older folder only once there is another."""
+    whole = [tmp_path / "m", tmp_path / "m.safetensors"]
+    left = [tmp_path / f".m.{pid}.part", tmp_path / f".m.{pid}.old"]
+    for folder in left:
+        folder.mkdir()
+        (folder / "x").touch()
+    (tmp_path / f".m.safetensors.{pid}.part").write_bytes(b"cut o")
+    other = tmp_path / ".m.safetensors.other.1.part"  # of a name that only begins so
+    other.touch()
+    running = tmp_path / f".m.{os.getppid()}.part"  # of a process that is still writing
+    running.touch()
+    for _ in range(2):
+        with replacing_folder(whole[0]) as part:
+            (part / "a").touch()
+            assert left[1].exists() != whole[0].exists()
+    with replacing(whole[1]) as part:
+        part.touch()
+    assert sorted(tmp_path.iterdir()) == sorted([*whole, other, running])
+    assert [p.name for p in whole[0].iterdir()] == ["a"]

@@ -11,16 +11,18 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from latentdiff.checkpoints import hub
-from latentdiff.checkpoints.files import open_tensors, write_safetensors
+from latentdiff.checkpoints.files import CheckpointError, open_tensors, write_safetensors
 
 COMMIT = "a" * 40
 
 
 @pytest.fixture
 def server(folder, tmp_path):
-    """Serves one repository, `owner/name`; `.seen` are the requests; with `.down` it answers that it is not to be had."""
+    """Serves one repository, `owner/name`; `.seen` are the requests; `.says` is the status of all answers, where it is set."""
     root = tmp_path / "repository"
     import shutil
 
@@ -46,8 +48,8 @@ def server(folder, tmp_path):
             httpd.seen.append(path)
             prefix = f"/owner/name/resolve/{COMMIT}/"
             names = {str(p.relative_to(root)): p.stat().st_size for p in root.rglob("*") if p.is_file()}
-            if httpd.down:
-                self.reply(503, b"{}", {}, body)
+            if httpd.says:
+                self.reply(httpd.says, b"{}", {}, body)
             elif path.startswith("/api/models/owner/name/tree/"):
                 self.reply_json([{"type": "file", "path": n, "size": size, "oid": "0" * 40} for n, size in names.items()], body)
             elif path.startswith("/api/models/owner/name"):
@@ -75,7 +77,16 @@ def server(folder, tmp_path):
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.seen, httpd.down = [], False
+
+    def pickle(name: str, to: str) -> None:
+        """The part in the field's older format, and in no other."""
+        tensors = load_file(root / name)
+        for file in (root / name).parent.glob("*model*"):
+            file.unlink()
+        torch.save(tensors, root / to)
+
+    httpd.pickle = pickle
+    httpd.seen, httpd.says = [], None
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield httpd
     httpd.shutdown()
@@ -117,6 +128,9 @@ def test_a_hub_id_is_fetched_once_and_then_found_in_the_cache(server, tmp_path):
     server.seen.clear()
     assert "LOADED" in load(server, tmp_path / "home", HF_HUB_OFFLINE="1")
     assert not server.seen
+    server.says = 403  # gated by now
+    assert "LOADED" in load(server, tmp_path / "home")
+    load(server, tmp_path / "other", expect="CheckpointError: owner/name: the hub says: ")
     server.shutdown()
     server.server_close()
     assert "LOADED" in load(server, tmp_path / "home")  # out of reach: the cache again
@@ -131,7 +145,7 @@ def test_unknown_ids_and_empty_caches_are_named(server, tmp_path):
     load(server, tmp_path / "home", "owner/other", expect="CheckpointError: owner/other: the hub says")
     load(server, tmp_path / "home", expect="FileNotFoundError: owner/name: not in the cache", HF_HUB_OFFLINE="1")
     server.seen.clear()
-    server.down = True
+    server.says = 503
     load(server, tmp_path / "home", expect="FileNotFoundError: owner/name: not in the cache")
     assert [path for path in server.seen if "owner" in path] == ["/api/models/owner/name"]  # asked once, not again and again
 
@@ -162,7 +176,7 @@ FILES = [
 
 @pytest.mark.parametrize(("variant", "unet"), [(None, ["-00001-of-00002", "-00002-of-00002"]), ("fp16", [".fp16-00001-of-00001"])])
 def test_what_is_needed_of_a_repository(variant, unet):
-    needed = set(hub.needed(FILES, variant))
+    needed = set(hub.needed("owner/name", FILES, variant))
     assert {f for f in needed if f.startswith("unet/diff") and f.endswith("rs")} == {
         f"unet/diffusion_pytorch_model{end}.safetensors" for end in unet
     }
@@ -185,4 +199,20 @@ def test_what_is_needed_of_a_repository(variant, unet):
 
 def test_a_bare_autoencoder_repository():
     files = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "taesd_decoder.safetensors"]
-    assert set(hub.needed(files, None)) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert set(hub.needed("owner/name", files, None)) == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_pickles_are_taken_only_where_there_is_nothing_else_and_on_demand():
+    files = ["unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin"]
+    files += ["text_encoder/pytorch_model.fp16.bin", "text_encoder/pytorch_model-00001-of-00001.bin", "safety_checker/model.bin"]
+    files += ["text_encoder/pytorch_model.bin.index.json"]
+    with pytest.raises(CheckpointError, match=r"owner/name: of vae there is only a pickle \(\.bin\).* allow_pickle=True"):
+        hub.needed("owner/name", files, None)
+    assert set(hub.needed("owner/name", files, None, allow_pickle=True)) == {files[0], files[2], files[4], files[6]}
+    assert set(hub.needed("owner/name", files, "fp16", allow_pickle=True)) == {files[0], files[2], files[3]}
+
+
+def test_a_repository_of_pickles(server, tmp_path):
+    server.pickle("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin")
+    load(server, tmp_path / "home", expect="CheckpointError: owner/name: of text_encoder there is only a pickle")
+    assert "LOADED eps torch.float32" in load(server, tmp_path / "home", options=", allow_pickle=True")

@@ -16,7 +16,15 @@ import torch
 from latentdiff.checkpoints import configs, detect, families, keymap
 from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, open_tensors, write_safetensors
 from latentdiff.checkpoints.io import load_parts, networks, single_sources
-from latentdiff.checkpoints.save import convert, follows_from_names, metadata, original_tensors, save_single, single_tensors
+from latentdiff.checkpoints.save import (
+    convert,
+    follows_from_names,
+    markers,
+    metadata,
+    original_tensors,
+    save_single,
+    single_tensors,
+)
 from latentdiff.models.unet import UNet
 
 ALL = list(families.FAMILIES.values())
@@ -89,7 +97,7 @@ def test_markers_of_xl_v_models():
     v = detect.detect(with_tensors(header(families.SDXL), "v_pred"))
     assert (v.spec.prediction, v.spec.schedule.zero_snr, v.evidence) == ("v", False, "v_pred")
     zero = detect.detect(with_tensors(header(families.SDXL), "v_pred", "ztsnr"))
-    assert (zero.spec.prediction, zero.spec.schedule.zero_snr) == ("v", True)
+    assert (zero.spec.prediction, zero.spec.schedule.zero_snr, zero.spec.sampling.spacing) == ("v", True, "trailing")
     said = detect.detect(with_tensors(header(families.SDXL, **{"modelspec.prediction_type": "epsilon"}), "v_pred"))
     assert said.spec.prediction == "eps"
 
@@ -156,7 +164,7 @@ def test_small_models_say_what_they_are_and_released_ones_need_not(sd15):
     assert "latentdiff" in metadata(sd15)
     for spec in ALL:
         assert follows_from_names(spec)
-    assert follows_from_names(replace(families.SDXL, prediction="v", schedule=replace(families.SDXL.schedule, zero_snr=True)))
+    assert follows_from_names(detect.with_zero_snr(replace(families.SDXL, prediction="v")))
     assert not follows_from_names(families.EMBEDDED)
     named = replace(sd15, spec=families.SD15, title="x")
     assert "latentdiff" not in metadata(named)
@@ -353,19 +361,28 @@ def test_the_wanted_variant_is_taken(copied):
 
 def test_old_folders_name_the_vaes_attention_otherwise(copied, sd15):
     path = copied() / "vae" / "diffusion_pytorch_model.safetensors"
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-    def rename(tensors):
-        for name in [n for n in tensors if "attentions" in n]:
-            new = name
-            for ours, theirs in old.items():
-                new = new.replace(f".{ours}.", f".{theirs}.")
-            tensors[new] = tensors.pop(name)
-
-    broken(path, rename)
+    broken(path, names_of_2022)
     assert any(".query." in n for n in open_tensors(path).entries)
     vae = load_parts(path.parent.parent).vae
     assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), sd15.vae.parameters(), strict=True))
+
+
+def names_of_2022(tensors):
+    for name in [n for n in tensors if "attentions" in n]:
+        new = name
+        for ours, theirs in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            new = new.replace(f".{ours}.", f".{theirs}.")
+        tensors[new] = tensors.pop(name)
+
+
+def test_a_tensor_under_its_older_and_its_newer_name(copied):
+    path, new = copied(), "encoder.mid_block.attentions.0.to_q.bias"
+    file, old = path / "vae" / "diffusion_pytorch_model.safetensors", new.replace("to_q", "query")
+    broken(file, lambda t: t.update({old: t[new].clone()}))
+    load_parts(path)
+    broken(file, lambda t: t[old].add_(1))
+    with pytest.raises(CheckpointError, match=rf"'{old}' and '{new}' mean the same and differ|'{new}' and '{old}' mean"):
+        load_parts(path)
 
 
 def test_position_ids_of_old_text_towers_are_ignored(copied):
@@ -444,7 +461,11 @@ def test_prediction_and_schedule_of_a_folder(copied):
 SCHEDULERS = {
     "PNDMScheduler": ({}, families.SamplingSpec(spacing="leading", steps_offset=0, final="sigma_min")),
     "DDIMScheduler": ({}, families.SamplingSpec(spacing="leading", steps_offset=0, final="zero")),
-    "EulerDiscreteScheduler": ({"steps_offset": 1}, families.SamplingSpec(spacing="linspace", steps_offset=1, final="zero")),
+    "EulerDiscreteScheduler": (  # SDXL's, with what a DDIM file left behind
+        {"steps_offset": 1, "set_alpha_to_one": False, "timestep_spacing": "leading"},
+        families.SamplingSpec(spacing="leading", steps_offset=1, final="zero"),
+    ),
+    "DPMSolverSDEScheduler": ({}, families.SamplingSpec(spacing="linspace", steps_offset=0, final="zero")),
     "LCMScheduler": (
         {"set_alpha_to_one": True},
         families.SamplingSpec(spacing="lcm", steps_offset=0, final="zero", sampler="lcm", steps=4, guidance=1.0),
@@ -472,6 +493,20 @@ def test_scheduler_files(name):
     assert (sampling, prediction) == (expected, "eps")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "prediction_type": "v_prediction"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"_class_name": "CosineDPMSolverMultistepScheduler", "sigma_data": 1.0},
+        {"shift": 3.0},
+    ],
+)
+def test_models_of_other_noise_levels_are_refused(fields):
+    with pytest.raises(CheckpointError, match=r"s\.json: .* is for models trained on other noise levels than betas"):
+        configs.read_schedule(configs.Config(Path("s.json"), fields))
+
+
 def sampled(spec, **changes):
     """The spec with other habits of sampling, as the owner of a model writes them in its scheduler's file."""
     return replace(spec, name=f"{spec.name} {changes}", sampling=replace(spec.sampling, **changes))
@@ -486,8 +521,15 @@ OWN = [
 
 @pytest.mark.parametrize("spec", [*ALL, families.EMBEDDED, *OWN], ids=lambda s: s.name)
 def test_configurations_survive_a_round_trip(spec):
+    again = by_folder(spec)
+    assert again == replace(spec, name=again.name)
+    assert again.name == spec.name or spec is families.EMBEDDED or spec in OWN
+
+
+def by_folder(spec):
+    """The spec as it is written to a folder's configurations and read again."""
     path = Path("config.json")
-    again = configs.assemble(
+    return configs.assemble(
         unet=configs.Config(path, configs.unet_json(spec.unet)),
         vae=configs.Config(path, configs.vae_json(spec.vae)),
         scheduler=configs.Config(path, configs.scheduler_json(spec)),
@@ -497,8 +539,28 @@ def test_configurations_survive_a_round_trip(spec):
         ],
         index=configs.index_json(spec),
     )
-    assert again == replace(spec, name=again.name)
-    assert again.name == spec.name or spec is families.EMBEDDED or spec in OWN
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("family", ALL, ids=lambda s: s.name)
+def test_every_prediction_survives_a_file_and_a_folder(sd15, family, prediction):
+    """As a user's word makes it of a folder and of a file, which differ for SD 2.x in the size; and of SDXL with zero SNR."""
+    specs = [configs.named(replace(family, prediction=prediction)), detect.predicting(family, prediction)]
+    if family.vector != "none":
+        leading = replace(specs[0], schedule=replace(family.schedule, zero_snr=True))
+        specs += [leading, *map(detect.with_zero_snr, specs)]
+    for spec in specs:
+        said = metadata(replace(sd15, spec=spec, tokenizers=sd15.tokenizers * len(spec.towers)))
+        assert detect.detect(with_tensors(header(family, **said), *markers(spec))).spec == spec
+        assert by_folder(spec) == spec
+
+
+def test_the_users_word_on_a_folders_prediction_names_its_family(monkeypatch, copied):
+    path, small = copied("sd21"), load_parts(copied("sd21-base")).spec
+    base = replace(small, name="sd21-base")
+    monkeypatch.setattr(configs, "FAMILIES", {"sd21": replace(base, name="sd21", prediction="v"), "sd21-base": base})
+    assert load_parts(path).spec.name == "sd21"
+    assert load_parts(path, prediction="eps").spec.name == "sd21-base"
 
 
 @pytest.mark.parametrize(
@@ -655,8 +717,12 @@ def test_another_vae_from_a_folder_a_model_and_files(folder, single, sd15, tmp_p
     broken(single, lambda t: [t.pop(k) for k in list(t) if k.startswith("first_stage")])
     with pytest.raises(CheckpointError, match=r"there is no VAE in this file; give one as `vae` \(--vae\)"):
         load_parts(single)
-    for vae in (folder("sd21"), folder("sd21") / "vae", tmp_path / "bare.safetensors"):
+    alone = tmp_path / "alone.safetensors"  # of a folder
+    shutil.copy(folder("sd21") / "vae" / "diffusion_pytorch_model.safetensors", alone)
+    old = broken(Path(shutil.copy(alone, tmp_path / "old.safetensors")), names_of_2022)
+    for vae in (folder("sd21"), folder("sd21") / "vae", tmp_path / "bare.safetensors", alone, old):
         parts = load_parts(single, vae=vae)
+        assert parts.vae.config == sd15.vae.config
         assert torch.equal(parts.vae.encoder.conv_in.weight, other.encoder.conv_in.weight)
         assert torch.equal(parts.unet.conv_in.weight, sd15.unet.conv_in.weight)
 

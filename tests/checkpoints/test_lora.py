@@ -1,5 +1,6 @@
 """LoRA in all spellings: merged = unmerged, scale 0 = base, and the same as diffusers and peft on the same file."""
 
+import copy
 import json
 import re
 
@@ -11,6 +12,7 @@ from latentdiff.checkpoints import keymap
 from latentdiff.checkpoints.files import CheckpointError, open_tensors, write_safetensors
 from latentdiff.checkpoints.io import load_parts
 from latentdiff.checkpoints.lora import KINDS, ROLES, Change, difference, read_lora, with_loras
+from latentdiff.models.narrow import narrow
 
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "down_blocks.1.resnets.0.conv1"
@@ -61,6 +63,7 @@ SPELLINGS = {
     "peft default": "base_model.model.{unet}.lora_{AB}.default.weight text_encoder.{text}.lora_{AB}.default.weight",
     "transformers 5": "unet.{unet}.lora.{d}.weight text_encoder.{short}.lora_linear_layer.{d}.weight",
     "te1": "lora_unet_{unet_}.lora_{d}.weight lora_te1_{text_}.lora_{d}.weight",
+    "SimpleTuner": "lycoris_{unet_}.lora_{d}.weight lora_te_{text_}.lora_{d}.weight",
 }
 
 
@@ -182,6 +185,58 @@ def test_merged_equals_the_formula(sd15, everywhere):
     unmerged = with_loras(sd15, [(lora, 0.6)], merge=False)
     close(run(unmerged), expected)
     close(run_text(unmerged), expected_text)
+
+
+def few(nets, folder, seed=0):
+    """A LoRA of a layer of each kind."""
+    tensors = {}
+    for network, prefix, name in (("unet", "lora_unet", LINEAR), ("unet", "lora_unet", CONV), ("text 0", "lora_te", TEXT)):
+        tensors |= kohya(f"{prefix}_{name.replace('.', '_')}", *pair(weight(nets, network, name), seed=seed))
+    write_safetensors(folder / f"few{seed}.safetensors", tensors)
+    return read_lora(folder / f"few{seed}.safetensors", nets)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_second_lora_leaves_the_first_on(sd15, tmp_path, merge):
+    first, second = (few(sd15, tmp_path, seed) for seed in (1, 2))
+    both = with_loras(with_loras(sd15, [(first, 0.5)], merge=False), [(second, -0.3)], merge=merge)
+    expected = with_loras(sd15, [(first, 0.5), (second, -0.3)])
+    close(run(both), run(expected))
+    close(run_text(both), run_text(expected))
+
+
+@pytest.mark.parametrize("width", ["float32", "bfloat16"])
+def test_unmerged_changes_follow_their_layer(sd15, tmp_path, width):
+    """To another dtype, in a copy, for every kind of change; and once: a copy at each call could not be recorded on a GPU."""
+    dtype, state = getattr(torch, width), sd15["unet"].state_dict()
+    down, up = pair(state[f"{LINEAR}.weight"])
+    tensors = kohya(f"lora_unet_{LINEAR.replace('.', '_')}", down, up)
+    tensors |= {f"lora_unet_{CONV.replace('.', '_')}.diff": torch.ones_like(state[f"{CONV}.weight"])}
+    tensors |= {f"lora_unet_{CONV.replace('.', '_')}.diff_b": torch.ones_like(state[f"{CONV}.bias"])}
+    write_safetensors(tmp_path / "l.safetensors", tensors)
+    on = with_loras(sd15, [(read_lora(tmp_path / "l.safetensors", sd15), 0.5)], merge=False)["unet"]
+    other = copy.deepcopy(on).to(dtype)
+    x, context = torch.randn(1, 4, 8, 8, dtype=dtype), torch.randn(1, 5, 32, dtype=dtype)
+    for _ in range(2):
+        y = other(x, torch.tensor([500.0]), context)
+        kept = [t for layer in (LINEAR, CONV) for t in added(other, layer).tensors]
+        assert {t.dtype for t in kept} == {y.dtype} == {dtype}
+        assert [id(t) for t in kept] == [id(t) for layer in (LINEAR, CONV) for t in added(other, layer).tensors]
+    close(y.float(), on(x.float(), torch.tensor([500.0]), context.float()), rtol=0.1)
+    assert added(on, LINEAR).tensors[0].dtype == torch.float32
+
+
+def added(network, layer):
+    (hook,) = network.get_submodule(layer)._forward_hooks.values()
+    return hook
+
+
+@pytest.mark.parametrize("width", ["int8", "bfloat16"])
+def test_narrowed_weights_are_refused(sd15, tmp_path, width):
+    nets = {**sd15, "unet": copy.deepcopy(sd15["unet"])}
+    narrow(nets["unet"], width)
+    with pytest.raises(ValueError, match=r"lora can not be added to weights that were narrowed .* give `lora` to `load`"):
+        with_loras(nets, [(few(nets, tmp_path), 1.0)])
 
 
 def test_scale_0_is_the_base_bit_for_bit(sd15, everywhere):
@@ -323,8 +378,6 @@ def test_peft_agrees_on_the_folders_that_it_saves(sd15, tmp_path, kind):
             r=4, alpha=6, target_modules=[target], use_effective_conv2d=True, init_weights=False,
             decompose_both="pair" in kind, decompose_factor=2 if "pair" in kind else 8,
         )  # fmt: skip
-    import copy
-
     model = peft.get_peft_model(copy.deepcopy(sd15["unet"]), config)
     with torch.no_grad():
         for n, p in model.named_parameters():
@@ -342,8 +395,6 @@ def test_peft_agrees_on_the_folders_that_it_saves(sd15, tmp_path, kind):
 @pytest.mark.parametrize("target", [LINEAR, CONV])
 def test_peft_agrees_on_dora(sd15, tmp_path, target):
     peft = pytest.importorskip("peft")
-    import copy
-
     config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=[target], use_dora=True, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(sd15["unet"]), config)
     with torch.no_grad():
@@ -422,6 +473,17 @@ FAULTS = {
     "nan": (
         kohya(f"lora_unet_{CONV.replace('.', '_')}", torch.full((1, 32, 3, 3), float("nan")), torch.ones(64, 1, 1, 1)),
         "hold NaN or infinite numbers",
+    ),
+    "alpha of NaN": (
+        {f"lora_unet_{LINEAR.replace('.', '_')}.alpha": torch.tensor(float("nan"))}, "alpha must be one finite number, found nan",
+    ),
+    "two alphas": (
+        {f"lora_unet_{LINEAR.replace('.', '_')}.alpha": torch.ones(2)},
+        r"alpha must be one finite number, found tensor\(\[1\., 1\.\]",
+    ),
+    "two spellings": (
+        {f"unet.{LINEAR}.lora_A.weight": torch.ones(1)},
+        r"'lora_unet_.*lora_down\.weight' and 'unet\..*lora_A\.weight' mean the same",
     ),
 }  # fmt: skip
 

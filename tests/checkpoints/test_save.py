@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,27 @@ def test_models_are_not_written_as_pickles(folder, tmp_path):
     with pytest.raises(ValueError, match=r"target .*m\.ckpt: models are written as a \.safetensors file or as a folder"):
         convert(folder("sd15"), tmp_path / "m.ckpt")
     assert not list(tmp_path.iterdir())
+
+
+TARGETS = {
+    "photos": (["cat.png"], "photos: exists and is no model folder"),
+    "mine": (["model_index.json", "unet/x", "v1.safetensors"], r"mine: holds 'v1\.safetensors' beside a model"),
+    "x.safetensors": (["y"], r"x\.safetensors: is a folder; a name that ends in \.safetensors is for one file"),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_that_would_be_lost_is_refused_before_anything_is_read(tmp_path, name):
+    files, message = TARGETS[name]
+    for file in files:
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).touch()
+    with pytest.raises(FileExistsError, match=message):
+        convert(tmp_path / "there is no such source", tmp_path / name)
+    if name != "x.safetensors":
+        with pytest.raises(FileExistsError, match=message):
+            save_folder(SimpleNamespace(spec=None), tmp_path / name)  # type: ignore[arg-type]
+    assert all((tmp_path / name / file).exists() for file in files)
 
 
 def test_a_full_disk_leaves_what_was_there(folder, tmp_path, monkeypatch):
@@ -145,6 +167,12 @@ def test_inspect_other_files(tmp_path):
     for name, shape in (("<toy>", (768,)), ("<toy>", (4, 1024)), ("emb_params", (2, 32))):
         write_safetensors(tmp_path / "x.safetensors", {name: torch.ones(shape)})
         assert inspect(tmp_path / "x.safetensors").kind == "textual inversion"
+
+
+def test_what_a_file_says_gives_the_terminal_no_commands(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"\x1b[2Jx": torch.ones(2)}, {"a\x1b]0;b": "c\x1b[31m\x07 é"})
+    assert "metadata    a]0;b = c[31m é" in str(inspect(tmp_path / "x.safetensors"))
+    assert str(inspect(tmp_path / "x.safetensors")).replace("\n", "").isprintable()
 
 
 def test_inspecting_reads_no_tensor(folder, tmp_path, monkeypatch):

@@ -22,9 +22,10 @@ def sdxl(folder):
 VECTORS = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_a1111(sd15, tmp_path):
+@pytest.mark.parametrize("key", ["*", "sks"])
+def test_a1111(sd15, tmp_path, key):
     torch.save(
-        {"string_to_param": {"*": VECTORS}, "string_to_token": {"*": 265}, "name": "<cat-toy>", "step": 5}, tmp_path / "x.pt"
+        {"string_to_param": {key: VECTORS}, "string_to_token": {key: 265}, "name": "<cat-toy>", "step": 5}, tmp_path / "x.pt"
     )
     with pytest.raises(CheckpointError, match="this is a pickle"):
         read_inversion(tmp_path / "x.pt", sd15.text_encoders)
