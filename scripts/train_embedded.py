@@ -65,7 +65,7 @@ WIDE = dict(  # all everyday ideas; what one hand did not draw is named, so that
     everyday=0.9, favourites=COMMON * 2 + FAVOURITES, favour=0.3, hand="fluent-emoji-flat", handed=0.8, recolour=0.25, style=0.1,
     pair=0.2, several=0.05, triple=0.02, mirror=0.2, scale=(0.78, 0.92), offset=0.025, white=0.6,
 )  # fmt: skip
-BESIDE = dict(**CLIP_SIZES, batch=128, lr=5e-4, warmup=50, weight_decay=0.1, save_every=100, freeze_text=True)
+BESIDE = dict(batch=128, lr=5e-4, warmup=50, weight_decay=0.1, save_every=100, freeze_text=True)
 
 SHORT = Recipe(
     vae=dict(**VAE_SIZES, steps=3600, batch=16, crop=64, lr=1e-3, ema=0.998, warmup=100, save_every=400, compile=True),

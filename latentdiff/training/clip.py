@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,10 +18,13 @@ from torch import Tensor, nn
 from latentdiff.checkpoints import configs, tokenizer
 from latentdiff.checkpoints.files import write_json, write_safetensors
 from latentdiff.models.text import Tokenizer, TowerSpec
-from latentdiff.training.data import batches, open_source
+from latentdiff.training.checkpoint import latest
+from latentdiff.training.data import PictureSource, batches, open_source
 from latentdiff.training.drawings import ComposeConfig
 from latentdiff.training.loop import LoopConfig, fit, once
 from latentdiff.training.vae import to_float
+
+LARGEST_SCALE = math.log(100)  # of the logits (Radford et al., section 2.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +99,10 @@ def learn_vocabulary(captions: Iterable[str], size: int, length: int) -> Tokeniz
     return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, length=length)
 
 
-def token_ids(words: Tokenizer, captions: Iterable[str]) -> Tensor:
-    """int64 [b, length]: begin, tokens, end, and end again as padding; longer captions are cut (training only)."""
+def token_ids(words: Tokenizer, captions: Iterable[str], pad: int | None = None) -> Tensor:
+    """int64 [b, length]: begin, tokens, end, and `pad`, or the end again; longer captions are cut (training only)."""
     rows = [[words.begin_id, *words(c)[: words.length - 2], words.end_id] for c in captions]
-    return torch.tensor([row + [words.end_id] * (words.length - len(row)) for row in rows])
+    return torch.tensor([row + [words.end_id if pad is None else pad] * (words.length - len(row)) for row in rows])
 
 
 def trim(ids: Int[Tensor, "b n"], end: int) -> Int[Tensor, "b m"]:
@@ -137,13 +142,22 @@ def train_clip(config: CLIPTraining) -> Any:
     """
     from open_clip.loss import ClipLoss
 
-    from latentdiff.evaluation.clip_score import load_clip
+    from latentdiff.evaluation.clip_score import IMAGE_SIZES, TEXT_SIZES, load_clip, sizes
 
-    source = open_source(config.data, size=config.size, compose=config.compose)
+    start = None if config.start is None else load_clip(config.start).train().requires_grad_()
+    size = config.size if start is None else start.config.vision_config.image_size
+    source = open_source(config.data, size=size, compose=config.compose)
     words = _vocabulary(config, source)
-    clip = build_clip(config, words) if config.start is None else load_clip(config.start).train().requires_grad_()
+    clip = build_clip(config, words) if start is None else start
     if config.freeze_text:
-        clip.text_model.requires_grad_(False)  # type: ignore[union-attr]
+        clip.text_model.requires_grad_(False)
+    known = hashlib.sha256(json.dumps(tokenizer.as_data(words), sort_keys=True).encode()).hexdigest()[:16]
+    meta = {"network": "clip", "data": source.fingerprint(), "vocabulary": known}
+    if start is None:
+        meta |= {"vocab": config.vocab, "length": config.length}
+    for kind, names in (("text", TEXT_SIZES), ("vision", IMAGE_SIZES)):
+        tower = getattr(clip.config, f"{kind}_config").to_dict()  # which says much else, such as transformers' version
+        meta |= {f"{kind} {name}": value for name, value in sizes(tower, names).items()}
 
     def stream(start: int, rank: int, world: int) -> Iterator[Any]:
         shared.rank, shared.world_size = rank, world
@@ -152,27 +166,32 @@ def train_clip(config: CLIPTraining) -> Any:
     shared = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)
 
     def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-        device = next(model.parameters()).device
+        device = generator.device
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=LARGEST_SCALE)  # the weight: were only its use clamped, it would have no gradient there
         ids = trim(token_ids(words, batch[1]), words.end_id)
         images, texts, scale = model(ids.to(device), to_float(batch[0].to(device)))
-        value = shared(images.float(), texts.float(), scale.float().clamp(max=100))
-        right = (images @ texts.T).argmax(1) == torch.arange(len(images), device=device)
+        with torch.autocast(device.type, enabled=False):  # logits near 100, where bf16 has steps of a half
+            images, texts = images.float(), texts.float()
+            value = shared(images, texts, scale.float())
+            right = (images @ texts.T).argmax(1) == torch.arange(len(images), device=device)
         return value, {"scale": scale.detach(), "top1": right.float().mean()}
 
-    trained = fit(TwoTowers(clip), loss, stream, config, meta={"network": "clip", "sizes": clip.config.to_json_string()}).clip
+    trained = fit(TwoTowers(clip), loss, stream, config, meta=meta).clip
     once(lambda: save_clip(trained, words, config.out / "model"))
     return trained
 
 
-def _vocabulary(config: CLIPTraining, source: Any) -> Tokenizer:
-    """The vocabulary of `start`, of an earlier start of this run, or one learnt from the run's first 10,000 captions."""
+def _vocabulary(config: CLIPTraining, source: PictureSource) -> Tokenizer:
+    """The vocabulary of `start`, of the run that is resumed, or one learnt from the run's first 10,000 captions."""
     folder = (config.start or config.out) / "tokenizer"
-    once(lambda: _learn_missing(folder, config, source))
+    if config.start is None:
+        once(lambda: _learn_missing(folder, config, source))
     return tokenizer.read(folder)[0]
 
 
-def _learn_missing(folder: Path, config: CLIPTraining, source: Any) -> None:
-    if config.start or (folder / "tokenizer_config.json").is_file():  # the file that is written last
+def _learn_missing(folder: Path, config: CLIPTraining, source: PictureSource) -> None:
+    if latest(config.out) and (folder / "tokenizer_config.json").is_file():  # the file that is written last
         return
     batch = min(500, len(source))
     some = islice(batches(source, batch, seed=config.seed, workers=config.workers), 20)

@@ -3,19 +3,22 @@
 What the k-th picture of a training run is depends on (seed, k) alone, so a run can be resumed anywhere, with any number of workers.
 """
 
+import hashlib
 import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
-from functools import partial
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from latentdiff.images import OPENS, open_picture
 from latentdiff.training.drawings import ComposeConfig, Drawings, DrawingSource
 
-__all__ = ["ComposeConfig", "DrawingSource", "Drawings", "FileSource", "PictureSource", "batches", "open_source"]
+Pictures = tuple[UInt8[Tensor, "b 3 size size"], list[str]]
+Place = tuple[str | Path, int, int]  # of a file's content: in which file, from which byte on, how many bytes
 
 
 class PictureSource(Protocol):
@@ -33,11 +37,14 @@ class PictureSource(Protocol):
 
     def get(self, index: int, seed: int) -> tuple[UInt8[Tensor, "3 size size"], str]: ...
 
+    def fingerprint(self) -> str:
+        """A short name for this very data."""
+        ...
+
 
 # ------------------------------------------------------------------------------------------------ files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-Read = Callable[[Any], bytes]
 
 
 class FileSource:
@@ -46,11 +53,11 @@ class FileSource:
     A picture or caption that cannot be used is replaced by the next one in order; more than `max_bad` of them are an error.
     """
 
-    def __init__(self, pairs: list[tuple[str, Any, str, Any]], read: Read, size: int, *, where: str, max_bad: float = 0.05) -> None:
-        """`pairs` are (picture name, its place, caption name, its place); `read` gets the bytes of a place."""
+    def __init__(self, pairs: list[tuple[str, Place, str, Place]], size: int, *, where: str, max_bad: float = 0.05) -> None:
+        """`pairs` are (picture name, its place, caption name, its place)."""
         if not pairs:
             raise ValueError(f"{where} holds no picture ({', '.join(SUFFIXES)}) with a .txt or .json caption of the same name")
-        self.pairs, self.read, self.size, self.where, self.max_bad = pairs, read, size, where, max_bad
+        self.pairs, self.size, self.where, self.max_bad = pairs, size, where, max_bad
         self.bad: dict[int, str] = {}  # index -> why
 
     @classmethod
@@ -59,53 +66,75 @@ class FileSource:
         root = Path(path)
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder")
-        files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
-        return cls(_pairs(files), Path.read_bytes, size, where=str(root), max_bad=max_bad)
+        files = {p.relative_to(root).as_posix(): (p, 0, p.stat().st_size) for p in sorted(root.rglob("*")) if p.is_file()}
+        return cls(_pairs(files), size, where=str(root), max_bad=max_bad)
 
     @classmethod
     def tar(cls, path: str | Path, size: int, *, max_bad: float = 0.05) -> "FileSource":
         """A WebDataset: an uncompressed tar. Its table of contents is read once, its files where they lie."""
         try:
             with tarfile.open(path, "r:") as tar:
-                files = {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+                files = {m.name: (path, m.offset_data, m.size) for m in tar if m.isfile()}
         except tarfile.TarError as error:
             raise ValueError(f"{path} is no uncompressed tar: {error}") from error
-        return cls(_pairs(files), partial(_read_part, path), size, where=str(path), max_bad=max_bad)
+        return cls(_pairs(files), size, where=str(path), max_bad=max_bad)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def get(self, index: int, seed: int) -> tuple[UInt8[Tensor, "3 size size"], str]:
-        for i in range(index, index + len(self)):
-            name, picture, caption_name, caption = self.pairs[i % len(self)]
-            if i % len(self) in self.bad:
+        image, caption, bad = self.find(index, seed)
+        self.note(bad)
+        return image, caption
+
+    def find(self, index: int, seed: int) -> tuple[UInt8[Tensor, "3 size size"], str, dict[int, str]]:
+        """As `get`, and the bad ones that were passed over, which are still to `note`: by one process, for all that read."""
+        bad: dict[int, str] = {}
+        for i in (k % len(self) for k in range(index, index + len(self))):
+            if i in self.bad:
                 continue
+            name, picture, caption_name, caption = self.pairs[i]
             try:
-                captions = read_captions(caption_name, self.read(caption))
-                image = square_picture(self.read(picture), self.size)
+                captions = read_captions(caption_name, _read(caption))
+                image = square_picture(_read(picture), self.size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                self._count_bad(i % len(self), f"{name}: {error}")
+                bad[i] = f"{name}: {error}"
                 continue
             choice = np.random.default_rng((seed, index)).integers(len(captions))
-            return torch.from_numpy(image).permute(2, 0, 1).contiguous(), captions[choice]
-        raise ValueError(f"{self.where} holds no usable picture")
+            return torch.from_numpy(image).permute(2, 0, 1).contiguous(), captions[choice], bad
+        raise ValueError(f"{self.where} holds no usable picture: {next(iter({**self.bad, **bad}.values()))}")
 
-    def _count_bad(self, index: int, why: str) -> None:
-        self.bad[index] = why
+    def note(self, bad: Mapping[int, str]) -> None:
+        """Count bad ones; the first is told. Errors: ValueError if there are too many."""
+        if bad and not self.bad:
+            warnings.warn(
+                f"{self.where}: passing over {next(iter(bad.values()))}; at most {self.max_bad:.0%} may be bad", stacklevel=3
+            )
+        self.bad |= bad
         if len(self.bad) > self.max_bad * len(self):
             reasons = "; ".join(list(self.bad.values())[:3])
             raise ValueError(
                 f"{len(self.bad)} of {len(self)} pictures in {self.where} are bad, max_bad is {self.max_bad}: {reasons}"
             )
 
+    def fingerprint(self) -> str:
+        """Of all names and sizes, and of what the captions say; pictures are not read for it."""
+        sha = hashlib.sha256()
+        for name, picture, caption_name, caption in self.pairs:
+            sha.update(f"{name} {picture[2]} {caption_name} {caption[2]}\n".encode("utf-8", "surrogateescape"))
+            with suppress(OSError):  # a bad one
+                sha.update(_read(caption))
+        return sha.hexdigest()[:16]
 
-def _read_part(path: str | Path, place: tuple[int, int]) -> bytes:
+
+def _read(place: Place) -> bytes:
+    path, start, size = place
     with open(path, "rb") as file:
-        file.seek(place[0])
-        return file.read(place[1])
+        file.seek(start)
+        return file.read(size)
 
 
-def _pairs(files: dict[str, Any]) -> list[tuple[str, Any, str, Any]]:
+def _pairs(files: Mapping[str, Place]) -> list[tuple[str, Place, str, Place]]:
     """Every picture that has a caption; `.txt` is preferred to `.json`."""
     pairs = []
     for name, place in files.items():
@@ -125,6 +154,7 @@ def read_captions(name: str, content: bytes) -> list[str]:
     captions = [" ".join(c.split()) for c in (found if isinstance(found, list) else [found]) if isinstance(c, str) and c.strip()]
     if not captions:
         raise ValueError(f"{name} holds no caption")
+    "".join(captions).encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
     return captions
 
 
@@ -150,45 +180,86 @@ def open_source(
 # ------------------------------------------------------------------------------------------------ order
 
 
-class _Positions(Dataset[tuple[Tensor, str]]):
-    """Picture p of a run, for p = 0, 1, 2, …: epoch after epoch, each in its own order."""
+def order(seed: int, n: int, start: int, count: int) -> Int[Tensor, " count"]:
+    """Which of n pictures come at positions start … start+count-1 of a run: epochs, each in its own order."""
+    epochs, places = np.divmod(np.arange(start, start + count), n)
+    return torch.from_numpy(np.concatenate([_shuffled(seed, int(e), n)[places[epochs == e]] for e in np.unique(epochs)]))
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+class _Positions(Dataset[Any]):
+    """The pictures at positions 0, 1, 2, … of a run."""
 
     def __init__(self, source: PictureSource, seed: int) -> None:
         self.source, self.seed = source, seed
-        self.epoch, self.order = -1, np.empty(0, np.int64)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, str]:
-        epoch, i = divmod(position, len(self.source))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
-        fresh = int(np.random.SeedSequence((self.seed, position)).generate_state(1)[0])
-        return self.source.get(int(self.order[i]), fresh)
+    def __getitems__(self, positions: range) -> tuple[Pictures, dict[int, str]] | ValueError:
+        """A batch and what was passed over for it; or an error, which a worker could only raise with a traceback in its text."""
+        indices = order(self.seed, len(self.source), positions.start, len(positions)).tolist()
+        images, captions, bad = [], [], {}
+        try:
+            for position, index in zip(positions, indices, strict=True):
+                fresh = int(np.random.SeedSequence((self.seed, position)).generate_state(1)[0])
+                image, caption, passed = self._find(index, fresh)
+                images.append(image)
+                captions.append(caption)
+                bad |= passed
+        except ValueError as error:
+            return error
+        return (torch.stack(images), captions), bad
+
+    def _find(self, index: int, seed: int) -> tuple[Tensor, str, dict[int, str]]:
+        return self.source.find(index, seed) if isinstance(self.source, FileSource) else (*self.source.get(index, seed), {})
 
 
-def _collate(items: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
-    return torch.stack([image for image, _ in items]), [caption for _, caption in items]
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def batches(
     source: PictureSource, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1, workers: int = 0
-) -> Iterator[tuple[UInt8[Tensor, "b 3 size size"], list[str]]]:
+) -> Iterator[Pictures]:
     """Endless batches (uint8 pictures, captions) of process `rank` among `world`, from step `start` on.
 
     `batch_size` is one process's. `workers` processes prepare batches ahead, and change nothing else.
     """
-    limits = {"batch_size": (batch_size, 1), "start": (start, 0), "world": (world, 1), "workers": (workers, 0)}
+    limits = {"batch_size": (batch_size, 1), "start": (start, 0), "world": (world, 1)}
     for name, (value, least) in limits.items():
         if value < least:
             raise ValueError(f"{name} is {value}, must be at least {least}")
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank}, must be from 0 to world - 1 = {world - 1}")
-    return iter(
-        DataLoader(
-            _Positions(source, seed),
-            batch_sampler=(list(range(p, p + batch_size)) for p in count((start * world + rank) * batch_size, world * batch_size)),
-            num_workers=workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's own generator
-            prefetch_factor=4 if workers else None,
-        )
+    firsts = count((start * world + rank) * batch_size, world * batch_size)
+    return pictures_at((range(p, p + batch_size) for p in firsts), source, seed=seed, workers=workers)
+
+
+def pictures_at(positions: Iterable[range], source: PictureSource, *, seed: int, workers: int = 0) -> Iterator[Pictures]:
+    """A batch of (uint8 pictures, captions) for each range of positions of a run.
+
+    Errors: ValueError if too many pictures are bad, at the same batch whatever `workers` is.
+    """
+    if workers < 0:
+        raise ValueError(f"workers is {workers}, must be at least 0")
+    loader = DataLoader(
+        _Positions(source, seed),
+        batch_sampler=positions,  # type: ignore[arg-type]  # any iterable does
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's own generator
+        prefetch_factor=4 if workers else None,
     )
+    return _counted(loader, source)
+
+
+def _counted(loader: Iterable[Any], source: PictureSource) -> Iterator[Pictures]:
+    for found in loader:
+        if isinstance(found, ValueError):
+            raise found
+        pictures, bad = found
+        if isinstance(source, FileSource):
+            source.note(bad)
+        yield pictures

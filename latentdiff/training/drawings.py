@@ -74,6 +74,9 @@ class ComposeConfig:
             raise ValueError(f"pair + several + triple is {self.pair + self.several + self.triple}, must be at most 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale is {self.scale}, must be (least, most) with 0 < least <= most <= 1")
+        for share, of in (("favour", "favourites"), ("handed", "hand")):
+            if getattr(self, share) and not getattr(self, of):
+                raise ValueError(f"{share} is {getattr(self, share)}, must be 0 without {of}")
 
 
 class Drawings:
@@ -87,7 +90,9 @@ class Drawings:
         self._made_from = (path, held_out)
         if not (path / "index.json").is_file():
             raise FileNotFoundError(f"{path} holds no drawings (no index.json): build them with scripts/build_dataset.py")
-        index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+        content = (path / "index.json").read_bytes()
+        index = json.loads(content)
+        self.digest = hashlib.sha256(content).hexdigest()[:16]
         self.pixels: np.ndarray = np.load(path / "drawings.npy", mmap_mode="r")  # uint8 [n, s, s, 4], premultiplied alpha
         self.records: list[Json] = index["drawings"]
         self.words: dict[str, Json] = index["concepts"]
@@ -168,6 +173,10 @@ class DrawingSource:
         else:
             image, caption, _ = self.compose(np.random.default_rng((seed, index)), drawing)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), caption
+
+    def fingerprint(self) -> str:
+        """Of all that is said of the drawings. Which of them are shown, and how, is `config` and `split`."""
+        return self.drawings.digest
 
     def compose(self, rng: Rng, drawing: int | None = None) -> Picture:
         """A picture and its caption. `drawing` is shown unless an everyday idea takes its place."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from latentdiff.checkpoints.files import write_text
+from latentdiff.checkpoints.files import read_json, write_text
 from latentdiff.training import checkpoint
 from latentdiff.training.ema import EMA
 
@@ -75,7 +75,8 @@ class LoopConfig:
     keep: int = 2
     """Checkpoints to keep."""
     max_minutes: float | None = None
-    """Stop, after saving, when this much time has gone; the run can be resumed."""
+    """Stop, after saving, when the steps of this start have taken this long; the run can be resumed. What comes before the first
+    step, such as encoding the pictures, does not count."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the `tensorboard` extra)."""
 
@@ -96,6 +97,8 @@ class LoopConfig:
             raise ValueError(f"lr_end must lie in [0, 1], got {self.lr_end!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema!r}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas!r}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed!r}")
         if self.precision not in ("auto", "no", "bf16"):
@@ -151,6 +154,26 @@ def near(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(device) if fits else tensor for tensor in tensors]
 
 
+def check_run(config: LoopConfig, meta: Mapping[str, Any]) -> None:
+    """What `fit` refuses before it trains; for trainers that have hours of work before it.
+
+    Errors: ValueError for a batch that the processes cannot share, or a run of another meta in `config.out`; ImportError if
+    TensorBoard is wanted and not there.
+    """
+    if config.batch % (n := processes().num_processes):
+        raise ValueError(f"batch must be a multiple of the {n} processes, got {config.batch}")
+    if config.tensorboard:
+        _summary_writer()
+    folder = checkpoint.latest(config.out)
+    if folder and (other := differences(read_json(folder / "state.json")["meta"], plain(meta))):
+        raise ValueError(f"out: {config.out} holds a run of another model or data ({other}); choose a new folder")
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What two say differently, by name; what only one of them knows of is no difference, since older runs know less."""
+    return "; ".join(f"{k} was {then[k]!r}, is {now[k]!r}" for k in then if k in now and then[k] != now[k])
+
+
 def fit(
     model: M,
     loss: Loss,
@@ -165,13 +188,11 @@ def fit(
     batches(start, rank, world) -> the batches, of config.batch // world, of this process from step `start` on.
     sample(averaged network, png path) draws a grid, on the main process.
     meta goes into every checkpoint; a run with another meta is not resumed.
-    Errors: ValueError for such a run, or a batch that the processes cannot share; FloatingPointError after 50 non-finite losses in
-    a row (single ones are skipped, and reach neither weights nor moments nor the average).
+    Errors: those of `check_run`; FloatingPointError after 50 non-finite losses in a row (single ones are skipped, and reach neither
+    weights nor moments nor the average).
     """
-    processes()
+    check_run(config, meta or {})
     accelerator = Accelerator(mixed_precision="no")  # autocast is ours: one process may train in several precisions in turn
-    if config.batch % accelerator.num_processes:
-        raise ValueError(f"batch must be a multiple of the {accelerator.num_processes} processes, got {config.batch}")
     model = model.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = _Run(model, config, accelerator, plain(meta or {}))
     if run.step < config.steps:
@@ -192,16 +213,17 @@ def _train(run: "_Run", loss: Loss, stream: Iterator[Any], sample: Callable[[Any
         seconds = time.monotonic() - began
         skipped = 0 if math.isfinite(value) else skipped + 1
         if skipped == HOPELESS:
+            sound = checkpoint.latest(config.out)
+            advice = f"{sound.name} is sound: resume from it" if sound else "nothing was saved yet: start again"
             raise FloatingPointError(
-                f"the loss was not finite {HOPELESS} times in a row, up to step {run.step}; the last checkpoint is sound: "
-                "resume from it with a lower lr"
+                f"the loss was not finite {HOPELESS} times in a row, up to step {run.step}; {advice} with a lower lr"
             )
         bar.update()
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
         last = run.step == config.steps or run.out_of_time(seconds)
         if main and (last or run.step % LOG_EVERY == 0):
             run.log({"loss": value, "lr": learning_rate(config, run.step - 1), "seconds": seconds, **metrics})
-        if main and (last or run.step % config.save_every == 0):
+        if main and (last or (run.step % config.save_every == 0 and not skipped)):  # weights that give NaN push out no sound ones
             run.save()
         if main and sample and (last or run.step % config.sample_every == 0):
             sample(run.ema.model, config.out / "samples" / f"step-{run.step:08d}.png")
@@ -225,7 +247,9 @@ class _Run:
         if accelerator.is_main_process:
             (config.out / "samples").mkdir(parents=True, exist_ok=True)
             self._trim_metrics()
-            self.board = _tensorboard(config)
+            if config.tensorboard:
+                again = self.step + 1 if self.step else None  # what a killed run wrote after its checkpoint would stand twice
+                self.board = _summary_writer()(str(config.out / "tensorboard"), purge_step=again)
 
     def advance(self, loss: Loss, batch: Any) -> tuple[float, Mapping[str, Tensor]]:
         """One optimiser step; a loss or gradient that is not finite, on any process, leaves weights, moments and EMA as they were.
@@ -283,10 +307,6 @@ class _Run:
         if folder is None:
             return
         found = checkpoint.load(folder)
-        if found.state["meta"] != self.meta:
-            then, now = found.state["meta"], self.meta
-            other = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in {**then, **now} if then.get(k) != now.get(k))
-            raise ValueError(f"out: {self.config.out} holds a run of another model or data ({other}); choose a new folder")
         self.raw.load_state_dict(found.tensors["model"])
         self.ema.model.load_state_dict(found.tensors["ema"])
         self.ema.updates, self.step = found.state["ema_updates"], found.step
@@ -299,12 +319,13 @@ class _Run:
             write_text(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
 
-def _tensorboard(config: LoopConfig):
-    if not config.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(config.out / "tensorboard"))
+def _summary_writer() -> Any:
+    """TensorBoard's class of that name."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError('tensorboard is not installed: pip install "latentdiff[tensorboard]"') from None
+    return SummaryWriter
 
 
 def plain(value: Any) -> Any:

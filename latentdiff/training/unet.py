@@ -5,43 +5,50 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float16, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentdiff.checkpoints import configs, tokenizer
-from latentdiff.checkpoints.families import EMBEDDED, ModelSpec, ScheduleSpec
+from latentdiff.checkpoints.families import EMBEDDED, ModelSpec, ScheduleSpec, noise_schedule
 from latentdiff.checkpoints.files import read_json, write_json, write_safetensors, write_text
 from latentdiff.checkpoints.fill import Options, on_meta
-from latentdiff.checkpoints.io import Parts, from_folder, load_vae
-from latentdiff.checkpoints.save import save_folder
+from latentdiff.checkpoints.io import Parts, from_folder, read_folder
+from latentdiff.checkpoints.keymap import VAE_SYNONYMS
+from latentdiff.checkpoints.save import check_replaceable, save_folder
 from latentdiff.conditioning import Cond
 from latentdiff.diffusion import schedules
 from latentdiff.diffusion.denoiser import Denoiser, Prediction, min_snr
-from latentdiff.diffusion.guidance import cfg, guided
+from latentdiff.diffusion.guidance import guided
+from latentdiff.diffusion.rules import cfg
 from latentdiff.diffusion.samplers import ddim
 from latentdiff.images import save_grid
 from latentdiff.models.attention import Attention
 from latentdiff.models.initialise import init_for_training
 from latentdiff.models.text import TextTower, Tokenizer
 from latentdiff.models.unet import UNet, UNetConfig
-from latentdiff.models.vae import VAE
+from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.checkpoint import digest
 from latentdiff.training.clip import token_ids
-from latentdiff.training.data import PictureSource, batches, open_source
+from latentdiff.training.data import PictureSource, open_source, order, pictures_at
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, autocast, fit, near, once, plain, processes
+from latentdiff.training.loop import LoopConfig, autocast, check_run, differences, fit, near, once, plain, processes
 from latentdiff.training.vae import to_float
 
 SHARD = 1000  # pictures a file of latents
+LOADED = 50  # pictures a batch that a worker loads ahead of them
 RIDGE = 0.03  # of the mean variance of the text's states: directions that vary less than that are not made to vary as the others do
+SCHEDULES = {
+    "cosine": ScheduleSpec(kind="cosine"),
+    "linear": ScheduleSpec(kind="linear", beta_start=1e-4, beta_end=0.02),  # Ho et al., section 4
+    "scaled_linear": ScheduleSpec(kind="scaled_linear"),
+}
 PROMPTS = ("a cat", "a dog", "a red apple", "a blue heart", "a car", "a house", "a tree", "a smiling face")
 
 
@@ -74,7 +81,7 @@ class UNetTraining(LoopConfig):
     prediction: Prediction = "v"
     """What the network predicts."""
     schedule: Literal["cosine", "linear", "scaled_linear"] = "cosine"
-    """Noise levels of training."""
+    """Noise levels of training: Nichol & Dhariwal's, Ho et al.'s or Stable Diffusion's."""
     drop: float = 0.1
     """Chance that a caption is dropped, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598, algorithm 1)."""
     levels: tuple[float, float] | None = None
@@ -83,7 +90,7 @@ class UNetTraining(LoopConfig):
     min_snr: float | None = None
     """gamma of the min-SNR weights; None for the plain loss, which v needs at the noisiest levels (their min-SNR weight is 0)."""
     start: Path | None = None
-    """Begin with the U-Net of this model folder instead of new weights."""
+    """Begin with the U-Net of this model folder, which must be of these sizes, prediction and schedule, instead of new weights."""
     prompts: tuple[str, ...] = PROMPTS
     """What the sample grids show."""
 
@@ -103,6 +110,9 @@ class UNetTraining(LoopConfig):
             raise ValueError(f"min_snr must be a positive number or None, got {self.min_snr!r}")
 
 
+States = Float16[Tensor, "n length d"]  # what the frozen text tower says of each of n captions, on the CPU
+
+
 @dataclass(frozen=True, eq=False)
 class Latents:
     """Encoded pictures: posterior mean and std [n, c, h, w] in float16 (not scaled), and which caption each has."""
@@ -111,13 +121,6 @@ class Latents:
     std: Tensor
     caption: Tensor
     captions: Sequence[str]
-
-
-@dataclass(frozen=True, eq=False)
-class Contexts:
-    """What the frozen text tower says of each distinct caption, float16 [n, length, d]; the last is the empty one."""
-
-    states: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +135,11 @@ class Whitening:
     to: Tensor
     back: Tensor
 
-    def of(self, contexts: Contexts) -> Contexts:
+    def of(self, states: States) -> States:
         """The same captions in these coordinates."""
         device = processes().device
         to = self.to.to(device)
-        return Contexts(torch.cat([(part.to(device).float() @ to).half().cpu() for part in contexts.states.split(256)]))
+        return torch.cat([(part.to(device).float() @ to).half().cpu() for part in states.split(256)])
 
 
 def train_unet(config: UNetTraining) -> UNet:
@@ -145,30 +148,30 @@ def train_unet(config: UNetTraining) -> UNet:
     Returns it on the training device. Errors: as `fit`, and those of loading the data and the other two networks.
     """
     words, tower = load_tower(config.clip)
-    vae = load_vae(config.vae, EMBEDDED, Options(dtype=torch.float32))
-    if not isinstance(vae, VAE):
-        raise ValueError(f"vae: {config.vae} holds a tiny autoencoder, whose encoder gives no distribution to train on")
+    vae = load_autoencoder(config.vae)
     spec = model_spec(config, vae, tower)
+    unet = begin(config, spec)
     source = open_source(config.data, size=config.size, compose=config.compose)
     made_from = origin(config, vae, source)
-    latents = encode_pictures(vae, source, config, made_from)
-    device = next(vae.parameters()).device  # the training's own, since they were encoded
     meta = {"network": "unet", "sizes": repr(spec.unet), "prediction": config.prediction, "schedule": config.schedule, **made_from}
     meta["text"], meta["ridge"] = digest(tower.state_dict()), RIDGE
+    check_run(config, meta)
+    check_replaceable(config.out / "model")
+    latents = encode_pictures(vae, source, config, made_from)
+    device = next(vae.parameters()).device  # the training's own, since they were encoded
     contexts = encode_captions(tower, words, [*latents.captions, ""])
     white = whitening(contexts)
-    contexts, shown = white.of(contexts), white.of(encode_captions(tower, words, [*config.prompts, ""]))
-    means, stds, said, states = near(device, latents.mean, latents.std, latents.caption, contexts.states)
-    schedule = getattr(schedules, config.schedule)()
-
-    unet = begin(config, spec.unet)
     if config.start is not None:
         rewrite(unet, white.back)
+    contexts, shown = white.of(contexts), white.of(encode_captions(tower, words, [*config.prompts, ""]))
+    means, stds, said, states = near(device, latents.mean, latents.std, latents.caption, contexts)
+    schedule = noise_schedule(spec.schedule)
 
     def loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         n, rows = len(batch), batch.to(means.device)
         mean, std = means[rows].to(device), stds[rows].to(device)
-        x0 = (mean + std * torch.randn(mean.shape, generator=generator, device=device)) * vae.config.scale
+        x0 = mean + std * torch.randn(mean.shape, generator=generator, device=device)
+        x0 = (x0 - vae.config.shift) * vae.config.scale
         eps = torch.randn(x0.shape, generator=generator, device=device)
         t = draw_levels(config.levels, len(schedule), n, generator)
         drop = torch.rand(n, generator=generator, device=device) < config.drop
@@ -184,7 +187,7 @@ def train_unet(config: UNetTraining) -> UNet:
             step += 1
 
     def sample(model: nn.Module, path: Path) -> None:
-        save_grid(draw(model, vae, shown, config), path)
+        save_grid(draw(model, vae, shown, spec), path)
 
     trained = fit(unet, loss, stream, config, meta=meta, sample=sample)
     rewrite(trained, white.to)
@@ -203,15 +206,26 @@ def draw_levels(levels: tuple[float, float] | None, steps: int, n: int, generato
     return (share * steps).long().clamp(max=steps - 1)
 
 
-def begin(config: UNetTraining, sizes: UNetConfig) -> UNet:
-    """New weights, or those of `config.start`."""
+def begin(config: UNetTraining, spec: ModelSpec) -> UNet:
+    """New weights, or those of `config.start`. Errors: ValueError if that is another model than is to be trained."""
     if config.start is not None:
-        loaded = from_folder(on_meta(UNet, sizes), config.start / "unet", Options(dtype=torch.float32), "U-Net")
+        if other := differences(traits(read_folder(config.start)[0]), traits(spec)):
+            raise ValueError(f"start: {config.start} is another model than is to be trained ({other})")
+        loaded = from_folder(on_meta(UNet, spec.unet), config.start / "unet", Options(dtype=torch.float32), "U-Net")
         return loaded.train().requires_grad_()
     torch.manual_seed(config.seed)
-    unet = UNet(sizes)
+    unet = UNet(spec.unet)
     init_for_training(unet)
     return unet
+
+
+def traits(spec: ModelSpec) -> Mapping[str, Any]:
+    """What the weights of a U-Net are bound to."""
+    bound, schedule = asdict(spec.unet), spec.schedule
+    del bound["sample_size"]
+    if schedule.kind == "cosine":  # has no betas to set
+        schedule = ScheduleSpec(kind="cosine", steps=schedule.steps, zero_snr=schedule.zero_snr)
+    return bound | {"prediction": spec.prediction, "schedule": schedule}
 
 
 def model_spec(config: UNetTraining, vae: VAE, tower: TextTower) -> ModelSpec:
@@ -233,7 +247,7 @@ def model_spec(config: UNetTraining, vae: VAE, tower: TextTower) -> ModelSpec:
         unet=unet,
         vae=vae.config,
         towers=(tower.spec,),
-        schedule=ScheduleSpec(kind=config.schedule),
+        schedule=SCHEDULES[config.schedule],
         prediction=config.prediction,
         size=config.size,
     )
@@ -247,15 +261,13 @@ def load_tower(folder: Path) -> tuple[Tokenizer, TextTower]:
     return words, from_folder(on_meta(TextTower, spec), folder / "text_encoder", Options(dtype=torch.float32), "text tower")
 
 
-def order(seed: int, n: int, start: int, count: int) -> Tensor:
-    """Which of n pictures come at positions start … start+count-1 of a run: epochs, each in its own order."""
-    epochs, places = np.divmod(np.arange(start, start + count), n)
-    return torch.from_numpy(np.concatenate([_shuffled(seed, int(e), n)[places[epochs == e]] for e in np.unique(epochs)]))
-
-
-@lru_cache(maxsize=2)
-def _shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def load_autoencoder(folder: Path) -> VAE:
+    """The VAE (float32) of a model folder, of any number of latent channels: the U-Net is made to fit."""
+    config = configs.read_vae(configs.Config(folder / "vae" / "config.json"))
+    if not isinstance(config, VAEConfig):
+        raise ValueError(f"vae: {folder} holds a tiny autoencoder, whose encoder gives no distribution to train on")
+    vae = on_meta(VAE, replace(config, force_upcast=False))
+    return from_folder(vae, folder / "vae", Options(dtype=torch.float32), "VAE", VAE_SYNONYMS)
 
 
 def origin(config: UNetTraining, vae: VAE, source: PictureSource) -> Mapping[str, Any]:
@@ -264,7 +276,8 @@ def origin(config: UNetTraining, vae: VAE, source: PictureSource) -> Mapping[str
         {
             "vae": digest(vae.state_dict()),
             "scale": vae.config.scale,
-            "source": len(source),
+            "shift": vae.config.shift,
+            "data": source.fingerprint(),
             "compose": asdict(config.compose),
             "size": config.size,
             "seed": config.seed,
@@ -282,19 +295,19 @@ def encode_pictures(vae: VAE, source: PictureSource, config: UNetTraining, made_
     state, folder = processes(), config.out / "latents"
     note = folder / "made_from.json"
     once(lambda: None if note.is_file() else write_json(note, made_from))
-    if (found := read_json(note)) != made_from:
-        raise ValueError(f"out: {folder} was made from {found}, now wanted from {made_from}; remove it, or choose a new folder")
-    shards, rank, world = -(-config.pictures // SHARD), state.process_index, state.num_processes
-    mine = range(rank, shards, world)
-    done = next((i for i, k in enumerate(mine) if not (folder / f"{k:05d}.txt").exists()), len(mine))
-    stream = batches(source, SHARD, seed=config.seed, start=done, rank=rank, world=world, workers=config.workers)
+    if other := differences(read_json(note), made_from):
+        raise ValueError(f"out: {folder} was made from something else ({other}); remove it, or choose a new folder")
+    shards = {folder / f"{k // SHARD:05d}": range(config.pictures)[k : k + SHARD] for k in range(0, config.pictures, SHARD)}
+    mine = list(shards)[state.process_index :: state.num_processes]
+    todo = [path for path in mine if not path.with_suffix(".txt").exists()]
+    few = {path: [shards[path][i : i + LOADED] for i in range(0, len(shards[path]), LOADED)] for path in todo}
+    stream = pictures_at(chain(*few.values()), source, seed=config.seed, workers=config.workers)
     vae = vae.to(state.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for k in tqdm(mine[done:], desc="latents", disable=not state.is_main_process, dynamic_ncols=True):
-        images, captions = next(stream)
-        n = min(SHARD, config.pictures - k * SHARD)
-        _write_shard(folder / f"{k:05d}", vae, images[:n], captions[:n], config.precision)
+    for path in tqdm(todo, desc="latents", disable=not state.is_main_process, dynamic_ncols=True):
+        images, captions = zip(*islice(stream, len(few[path])), strict=True)
+        _write_shard(path, vae, torch.cat(images), list(chain(*captions)), config.precision)
     state.wait_for_everyone()
-    return _read_shards([folder / f"{k:05d}" for k in range(shards)])
+    return _read_shards(list(shards))
 
 
 def _write_shard(path: Path, vae: VAE, images: Tensor, captions: Sequence[str], precision: str) -> None:
@@ -322,23 +335,23 @@ def _read_shards(paths: Sequence[Path]) -> Latents:
 
 
 @torch.no_grad()
-def encode_captions(tower: TextTower, words: Tokenizer, captions: Sequence[str]) -> Contexts:
+def encode_captions(tower: TextTower, words: Tokenizer, captions: Sequence[str]) -> States:
     """The tower's states of every distinct caption, once."""
     device = processes().device
     tower = tower.to(device)
     chunks = [captions[i : i + 256] for i in range(0, len(captions), 256)]
-    return Contexts(torch.cat([tower(token_ids(words, c).to(device))[0].half().cpu() for c in chunks]))
+    return torch.cat([tower(token_ids(words, c, tower.spec.pad).to(device))[0].half().cpu() for c in chunks])
 
 
-def whitening(contexts: Contexts) -> Whitening:
+def whitening(states: States) -> Whitening:
     """to = (M + r I)^(-1/2), back = (M + r I)^(1/2), of the states' second moment M and r = RIDGE · trace(M) / d.
 
     The mean is not taken off: keys and values have no bias to make up for it; what all states have in common is one direction of M.
     """
     device = processes().device
-    parts = (part.to(device).flatten(0, 1).float() for part in contexts.states.split(256))
+    parts = (part.to(device).flatten(0, 1).float() for part in states.split(256))
     moment = sum((part.T @ part for part in parts), torch.zeros((), device=device)).double().cpu()
-    moment /= contexts.states.shape[0] * contexts.states.shape[1]
+    moment /= states.shape[0] * states.shape[1]
     values, vectors = torch.linalg.eigh(moment)
     spread = (values.clamp_min(0) + RIDGE * values.mean()).sqrt()
     return Whitening(to=(vectors / spread @ vectors.T).float(), back=(vectors * spread @ vectors.T).float())
@@ -353,15 +366,15 @@ def rewrite(unet: UNet, matrix: Tensor) -> None:
 
 
 @torch.no_grad()
-def draw(unet: nn.Module, vae: VAE, shown: Contexts, config: UNetTraining) -> Float[Tensor, "b 3 h w"]:
-    """Pictures of `config.prompts` at guidance 5, 20 DDIM steps, from one seed: to watch a training by."""
-    device, n = processes().device, len(config.prompts)
-    states = shown.states.float().to(device)
-    side = config.size // vae.factor
-    noise = torch.randn(n, vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
-    schedule = getattr(schedules, config.schedule)()
+def draw(unet: nn.Module, vae: VAE, shown: States, spec: ModelSpec) -> Float[Tensor, "b 3 h w"]:
+    """Pictures at guidance 5, 20 DDIM steps, from one seed, to watch a training by. The last of `shown` is of no words."""
+    device, n = processes().device, len(shown) - 1
+    states = shown.float().to(device)
+    side = spec.unet.sample_size
+    noise = torch.randn(n, spec.unet.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    schedule = noise_schedule(spec.schedule)
     sigmas = schedules.grid(schedule, 20, "trailing")
-    denoiser = Denoiser(unet, schedule, config.prediction)
+    denoiser = Denoiser(unet, schedule, spec.prediction)
     denoise = guided(denoiser, Cond(states[:-1]), Cond(states[-1:].expand(n, -1, -1)), cfg(5.0))
     x = noise.to(device) * (1 + sigmas[0] ** 2).sqrt()
     for step in ddim(denoise, x, sigmas, randn=torch.randn_like):

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latentdiff.checkpoints import configs
@@ -17,7 +19,8 @@ from latentdiff.checkpoints.files import write_json, write_safetensors
 from latentdiff.images import save_grid
 from latentdiff.models.initialise import init_for_training
 from latentdiff.models.vae import VAE, VAEConfig
-from latentdiff.training.data import batches, open_source
+from latentdiff.training.checkpoint import digest
+from latentdiff.training.data import PictureSource, batches, open_source
 from latentdiff.training.drawings import ComposeConfig
 from latentdiff.training.loop import LoopConfig, fit, once
 
@@ -123,17 +126,23 @@ def train_vae(config: VAETraining) -> VAE:
         device = next(model.parameters()).device
         with torch.no_grad():
             y = model.vae.decode(model.vae.encode(images.to(device))).cpu()
-        save_grid(torch.cat([images, y]).unflatten(0, (2, 2, 8)).transpose(0, 1).flatten(0, 2), path, columns=8)
+        save_grid(rearrange([images, y], "which (row column) c h w -> (row which column) c h w", row=2), path, columns=8)
 
-    trained = fit(AutoEncoder(vae), loss, stream, config, meta={"network": "vae", "sizes": repr(sizes)}, sample=sample).vae
-    once(lambda: save_vae(trained, replace(sizes, scale=latent_scale(trained, source)), config.out / "model" / "vae"))
+    meta = {"network": "vae", "sizes": repr(sizes), "data": source.fingerprint()}
+    trained = fit(AutoEncoder(vae), loss, stream, config, meta=meta, sample=sample).vae
+    once(lambda: save_vae(trained, sizes, source, config.out / "model" / "vae"))
     return trained
 
 
-def save_vae(vae: VAE, sizes: VAEConfig, folder: Path) -> None:
-    """One part of a model folder: `config.json` and the weights."""
-    write_json(folder / "config.json", configs.vae_json(sizes))
-    write_safetensors(folder / "diffusion_pytorch_model.safetensors", vae.state_dict())
+def save_vae(vae: VAE, sizes: VAEConfig, source: PictureSource, folder: Path) -> None:
+    """One part of a model folder: `config.json`, with the scale of the latents of `source`, and the weights.
+
+    One with these weights stays as it is: another machine finds a scale of other last digits, to which no U-Net made of it fits.
+    """
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file() or digest(load_file(weights)) != digest(vae.state_dict()):
+        write_json(folder / "config.json", configs.vae_json(replace(sizes, scale=latent_scale(vae, source))))
+        write_safetensors(weights, vae.state_dict())
 
 
 def crops(batch: Tensor, side: int | None, generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
@@ -151,7 +160,7 @@ def to_float(batch: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_scale(vae: VAE, source: Any, pictures: int = 256) -> float:
+def latent_scale(vae: VAE, source: PictureSource, pictures: int = 256) -> float:
     """1 / std of the latents as sampled, so that the U-Net sees unit variance (Rombach et al., appendix G)."""
     device = next(vae.parameters()).device
     n = min(pictures, len(source))

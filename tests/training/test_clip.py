@@ -1,18 +1,22 @@
 """Training the CLIP: its vocabulary, its folder in the field's programs, its learning, exact resume."""
 
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentdiff.checkpoints import tokenizer
 from latentdiff.evaluation.clip_score import ClipScorer, load_clip, ranks, top
 from latentdiff.images import to_pil
 from latentdiff.models.text import Tokenizer
+from latentdiff.training import clip as trainer
 from latentdiff.training.clip import (
     CLIPTraining,
     build_clip,
@@ -98,6 +102,7 @@ def test_token_ids_begin_end_and_are_cut(words: Tokenizer) -> None:
     assert ids[0].tolist() == [begin, *words("a cat"), *[end] * 13]
     assert ids[1].tolist() == [begin, *words("a red apple " * 20)[:14], end]
     assert ids[2].tolist() == [begin, *[end] * 15]
+    assert token_ids(words, ["a cat"], pad=0)[0].tolist() == [begin, *words("a cat"), end, *[0] * 12]
 
 
 # ------------------------------------------------------------------------------------------------ folder
@@ -216,6 +221,85 @@ def test_the_vocabulary_is_learnt_once(runs: Any, pictures: Path, tmp_path: Path
     before = vocabulary.stat().st_mtime_ns
     train_clip(replace(c, steps=3))
     assert vocabulary.stat().st_mtime_ns == before
+    for changes, message in (({"vocab": 530}, "vocab was 540, is 530"), ({"length": 14}, "length was 12, is 14")):
+        with pytest.raises(ValueError, match=message):
+            train_clip(replace(c, steps=4, **changes))
+
+
+def test_a_vocabulary_that_nothing_was_trained_on_is_learnt_as_it_is_asked_for(
+    runs: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = config(tmp_path, pictures, runs.CLIP_SIZES, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "fit", lambda *_, **__: 1 / 0)  # killed before the first checkpoint
+        with pytest.raises(ZeroDivisionError):
+            train_clip(c)
+    train_clip(replace(c, length=14, vocab=520))
+    words = tokenizer.read(tmp_path / "model" / "tokenizer")[0]
+    assert (words.length, len(words)) == (14, 520)
+
+
+def test_a_run_is_not_resumed_with_another_vocabulary_or_other_data(runs: Any, pictures: Path, tmp_path: Path) -> None:
+    c = config(tmp_path / "run", pictures, runs.CLIP_SIZES, steps=1)
+    train_clip(c)
+    others = tmp_path / "others"
+    shutil.copytree(pictures, others)
+    (others / "red-disc.txt").write_text("a red disk")
+    with pytest.raises(ValueError, match=r"another model or data \(data was '\w{16}', is '\w{16}'\)"):
+        train_clip(replace(c, data=others))
+    words, pad = tokenizer.read(c.out / "tokenizer")
+    tokenizer.write(c.out / "tokenizer", Tokenizer(words.vocab, words.merges[:-1], length=words.length), pad)
+    with pytest.raises(ValueError, match=r"another model or data \(vocabulary was '\w{16}', is '\w{16}'\)"):
+        train_clip(c)
+
+
+def test_a_run_outlives_its_version_of_transformers(
+    runs: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.clip import configuration_clip as theirs
+
+    c = config(tmp_path, pictures, runs.CLIP_SIZES, steps=1)
+    train_clip(c)
+    for kind in (theirs.CLIPConfig, theirs.CLIPTextConfig, theirs.CLIPVisionConfig):  # a later one says more
+        monkeypatch.setattr(kind, "to_dict", lambda self, told=kind.to_dict: told(self) | {"new": 1, "transformers_version": "9.9"})
+    train_clip(replace(c, steps=2))
+    state = tmp_path / "step-00000002" / "state.json"  # and so it is with what a run of before said of itself
+    found = json.loads(state.read_text())
+    state.write_text(json.dumps(found | {"meta": {"network": "clip", "sizes": '{"transformers_version": "5.0"}'}}))
+    train_clip(replace(c, steps=3))
+
+
+def test_a_start_brings_the_size_of_its_pictures(runs: Any, pictures: Path, clip_folder: Path, tmp_path: Path) -> None:
+    sizes = {**runs.CLIP_SIZES, "size": 32}
+    trained = train_clip(config(tmp_path, pictures, sizes, start=clip_folder, steps=1))
+    assert trained.config.vision_config.image_size == runs.SIZE
+
+
+def test_a_scale_above_its_limit_comes_down_and_learns_on(runs: Any, pictures: Path, clip_folder: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(clip_folder, start)
+    file = start / "clip" / "model.safetensors"
+    save_file({**load_file(file), "logit_scale": torch.tensor(5.0)}, file)
+    train_clip(config(tmp_path / "run", pictures, runs.CLIP_SIZES, start=start, steps=2, precision="no", lr=1e-3))
+    found = runs.checkpoint_files(tmp_path / "run", 2)["model/clip.logit_scale"].item()
+    assert abs(found - math.log(100)) < 3e-3
+    assert found != pytest.approx(math.log(100), abs=1e-6)  # it has a gradient
+
+
+def test_the_contrast_is_computed_in_float32(runs: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from open_clip.loss import ClipLoss
+
+    kinds = []
+
+    def remembered(*arguments: Any, **options: Any) -> Any:
+        found = real(*arguments, **options)
+        kinds.extend(logits.dtype for logits in found)
+        return found
+
+    real = ClipLoss.get_logits
+    monkeypatch.setattr(ClipLoss, "get_logits", remembered)
+    train_clip(config(tmp_path, pictures, runs.CLIP_SIZES, steps=1, precision="bf16"))
+    assert kinds == [torch.float32] * 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -16,8 +17,8 @@ from PIL import Image
 
 from latentdiff import images
 from latentdiff.training import drawings
-from latentdiff.training.data import ComposeConfig, Drawings, DrawingSource, FileSource, batches, open_source, square_picture
-from latentdiff.training.drawings import BACKGROUNDS, PAINTS, _painted, _paste
+from latentdiff.training.data import FileSource, batches, open_source, order, square_picture
+from latentdiff.training.drawings import BACKGROUNDS, PAINTS, ComposeConfig, Drawings, DrawingSource, _painted, _paste
 
 SIZE = 48
 SINGLE = ComposeConfig(everyday=0, pair=0, several=0, triple=0, recolour=0, mirror=0, style=0)
@@ -263,6 +264,7 @@ def test_an_unknown_favourite_or_hand_is_refused(tiny: Drawings) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"everyday": 1.5}, "everyday is 1.5"), ({"pair": 0.6, "triple": 0.6}, r"pair \+ several \+ triple is"),
+     ({"favour": 0.5}, "favour is 0.5, must be 0 without favourites"), ({"handed": 0.5}, "handed is 0.5, must be 0 without hand"),
      ({"scale": (0.9, 0.5)}, "scale is"), ({"mirror": -0.1}, "mirror is -0.1"), ({"white": float("nan")}, "white is nan")],
 )  # fmt: skip
 def test_bad_compose_options(options: dict[str, Any], said: str) -> None:
@@ -389,20 +391,77 @@ def test_bad_pictures_and_captions_are_passed_over_and_counted(folder: Path) -> 
     (folder / "04.json").write_text('{"title": "no caption"}')
     (folder / "06.txt").write_text("  \n")
     (folder / "08.json").write_bytes(b"\xff\xfe{")
-    source = FileSource.folder(folder, 8, max_bad=0.25)
-    captions = [source.get(i, seed=0)[1] for i in range(20)]
-    assert len(source.bad) == 5
-    assert not any(int(caption.split()[1]) in (0, 2, 4, 6, 8) for caption in captions)
+    (folder / "10.json").write_text('{"caption": "half a pair \\ud83d"}')
+    source = FileSource.folder(folder, 8, max_bad=0.3)
+    with pytest.warns(UserWarning, match="passing over 00.png: cannot identify .*; at most 30% may be bad") as told:
+        captions = [source.get(i, seed=0)[1] for i in range(20)]
+    assert len(told) == 1
+    assert len(source.bad) == 6
+    assert not any(int(caption.split()[1]) in (0, 2, 4, 6, 8, 10) for caption in captions)
     assert captions == [source.get(i, seed=0)[1] for i in range(20)]
-    assert len(source.bad) == 5
+    assert len(source.bad) == 6
 
 
 def test_too_many_bad_pictures_are_an_error(folder: Path) -> None:
     for name in ("00.png", "02.png"):
         (folder / name).write_bytes(b"not a picture")
     source = FileSource.folder(folder, 8, max_bad=0.05)
-    with pytest.raises(ValueError, match=r"2 of 20 pictures in .* are bad, max_bad is 0.05: 00.png: cannot identify"):
+    said = r"2 of 20 pictures in .* are bad, max_bad is 0.05: 00.png: cannot identify"
+    with pytest.warns(UserWarning, match="passing over"), pytest.raises(ValueError, match=said):
         [source.get(i, 0) for i in range(20)]
+
+
+@pytest.mark.filterwarnings("ignore:.*passing over:UserWarning")
+def test_workers_count_bad_pictures_together(folder: Path) -> None:
+    """The error comes at the same batch with workers, each of which meets but some of the bad ones."""
+    for i in range(5):
+        (folder / f"{2 * i:02}.png").write_bytes(b"GIF89a: none of ours")
+
+    def until_it_fails(workers: int) -> tuple[int, str]:
+        seen: list[Any] = []
+        with pytest.raises(ValueError, match="of 20 pictures in") as error:
+            seen.extend(batches(FileSource.folder(folder, 8, max_bad=0.15), 2, seed=0, workers=workers))
+        return len(seen), re.sub("0x[0-9a-f]+", "", str(error.value))
+
+    alone = until_it_fails(0)
+    assert alone[0] > 0
+    assert until_it_fails(2) == alone
+
+
+def test_a_workers_error_is_told_as_it_is(folder: Path) -> None:
+    for picture in folder.rglob("*.png"):
+        picture.write_bytes(b"none")
+    with pytest.raises(ValueError, match="holds no usable picture: ") as error:
+        next(batches(FileSource.folder(folder, 8), 4, seed=0, workers=1))
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["png", "webp"])
+def test_exif_that_is_cut_off_does_not_matter(form: str) -> None:
+    assert square_picture(png("red", form=form, exif=b"Exif\0\0II*\0"), 8).shape == (8, 8, 3)
+
+
+def test_a_fingerprint_is_of_names_sizes_and_captions(folder: Path, tmp_path: Path, drawings_folder: Path) -> None:
+    first = FileSource.folder(folder, 8).fingerprint()
+    assert FileSource.folder(folder, 16).fingerprint() == first
+    assert FileSource.tar(to_tar(folder, tmp_path / "p.tar"), 8).fingerprint() == first
+    seen = {first}
+    for change in (
+        lambda: (folder / "00.txt").write_text("Picture\n 0\n"),
+        lambda: (folder / "02.png").write_bytes(png(size=(30, 30))),
+        lambda: (folder / "04.png").rename(folder / "4.png"),
+    ):
+        change()
+        seen.add(FileSource.folder(folder, 8).fingerprint())
+    assert len(seen) == 4
+    index = json.loads((drawings_folder / "index.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "drawings.npy").symlink_to(drawings_folder / "drawings.npy")
+    found = open_source(drawings_folder, 8).fingerprint()
+    for concepts in (index["concepts"], index["concepts"] | {"cat face": index["concepts"]["dog face"]}):
+        (other / "index.json").write_text(json.dumps(index | {"concepts": concepts}, ensure_ascii=False))
+        assert (open_source(other, 8).fingerprint() == found) == (concepts is index["concepts"])
 
 
 def test_a_picture_that_claims_to_be_huge_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,6 +512,13 @@ def test_an_epoch_shows_each_picture_once_in_an_order_of_its_own() -> None:
     assert epochs[0] != epochs[1] != epochs[2]
     assert len({c.split()[1] for c in shown}) == 36  # what varies, varies in every epoch
     assert captions(Numbers(12), 9, seed=2) != shown
+
+
+def test_the_order_depends_on_the_place_alone() -> None:
+    whole = order(3, 11, 0, 60)
+    assert torch.equal(torch.cat([order(3, 11, k, 5) for k in range(0, 60, 5)]), whole)
+    assert torch.equal(order(3, 11, 17, 9), whole[17:26])
+    assert not torch.equal(order(4, 11, 0, 60), whole)
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 4, 7])

@@ -109,8 +109,9 @@ def test_a_finished_run_is_read_not_trained(tmp_path: Path) -> None:
 def test_another_model_is_not_resumed(tmp_path: Path) -> None:
     train(config(tmp_path), meta={"network": "a", "sizes": (1, 2)})
     train(config(tmp_path), meta={"network": "a", "sizes": (1, 2)})
-    with pytest.raises(ValueError, match=r"out: .* another model or data \(network was 'a', is 'b'; new was None, is 1\)"):
-        train(config(tmp_path), meta={"network": "b", "sizes": (1, 2), "new": 1})
+    train(config(tmp_path), meta={"network": "a", "new": 1})  # an older run knew of fewer names
+    with pytest.raises(ValueError, match=r"another model or data \(network was 'a', is 'b'; sizes was \[1, 2\], is \[1\]\)"):
+        train(config(tmp_path), meta={"network": "b", "sizes": (1,), "new": 1})
 
 
 # ------------------------------------------------------------------------------------------------ steps that fail
@@ -133,12 +134,16 @@ def failing_at(*steps: int, how: str) -> Any:
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(runs: Any, tmp_path: Path, how: str) -> None:
-    train(config(tmp_path, save_every=1, keep=100), loss=failing_at(4, how=how))
-    files = {step: runs.checkpoint_files(tmp_path, step) for step in (3, 4, 5, 6)}
-    assert runs.differing(files[4], files[5]) == []  # weights, moments and average
+    whole = tmp_path / "whole"
+    train(config(whole, save_every=1, keep=100), loss=failing_at(4, how=how))
+    assert sorted(int(p.name[5:]) for p in whole.glob("step-*")) == [1, 2, 3, 4, 6, 7, 8, 9]  # what fails pushes out nothing
+    cut = runs.begun_anew_from(whole, 4, tmp_path / "cut")
+    train(config(cut, steps=5), loss=failing_at(0, how=how))
+    files = {step: runs.checkpoint_files(whole, step) for step in (3, 4, 6)}
+    assert runs.differing(files[4], runs.checkpoint_files(cut, 5)) == []  # weights, moments and average
     assert runs.differing(files[3], files[4])
-    assert runs.differing(files[5], files[6])
-    assert all(t.isfinite().all() for t in runs.checkpoint_files(tmp_path, 9).values())
+    assert runs.differing(files[4], files[6])
+    assert all(t.isfinite().all() for t in runs.checkpoint_files(whole, 9).values())
 
 
 def test_a_skipped_step_is_null_in_the_log(tmp_path: Path) -> None:
@@ -147,11 +152,14 @@ def test_a_skipped_step_is_null_in_the_log(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in log(tmp_path)] == [(9, None)]
 
 
-def test_fifty_in_a_row_are_an_error_and_49_are_not(runs: Any, tmp_path: Path) -> None:
+def test_fifty_in_a_row_are_an_error_and_49_are_not(tmp_path: Path) -> None:
     train(config(tmp_path / "49", steps=60), loss=failing_at(*range(3, 52), how="nan"))
-    with pytest.raises(FloatingPointError, match=r"not finite 50 times in a row, up to step 53"):
+    said = r"not finite 50 times in a row, up to step 53; "
+    with pytest.raises(FloatingPointError, match=said + "step-00000002 is sound: resume from it with a lower lr"):
         train(config(tmp_path / "50", steps=60, save_every=2), loss=failing_at(*range(3, 53), how="nan"))
-    assert all(t.isfinite().all() for t in runs.checkpoint_files(tmp_path / "50", 52).values())
+    assert [p.name for p in (tmp_path / "50").glob("step-*")] == ["step-00000002"]
+    with pytest.raises(FloatingPointError, match=said + "nothing was saved yet: start again with a lower lr"):
+        train(config(tmp_path / "new", steps=60), loss=failing_at(*range(3, 53), how="nan"))
 
 
 # ------------------------------------------------------------------------------------------------ logs, samples, checkpoints
@@ -194,12 +202,22 @@ def test_checkpoints_hold_the_configuration_and_are_rotated(tmp_path: Path) -> N
     assert state["config"]["lr"] == 1e-2
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_same_numbers(runs: Any, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(config(tmp_path, steps=20, tensorboard=True))
-    board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    for event, line in zip(board.Scalars("loss"), log(tmp_path), strict=True):
+    whole = config(tmp_path / "whole", steps=40, save_every=20, keep=100, tensorboard=True)
+    train(whole)
+    out = runs.begun_anew_from(whole.out, 20, tmp_path / "cut")  # whose events of step 30 and 40 are there already
+    train(replace(whole, out=out))
+    board = events.EventAccumulator(str(out / "tensorboard")).Reload()
+    for event, line in zip(board.Scalars("loss"), log(out), strict=True):
         assert (event.step, event.value) == (line["step"], pytest.approx(line["loss"], rel=1e-5))
+
+
+def test_tensorboard_that_is_missing_is_named_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r'pip install "latentdiff\[tensorboard\]"'):
+        train(config(tmp_path / "run", tensorboard=True))
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -287,6 +305,9 @@ def test_noise_depends_on_seed_step_and_rank_alone(tmp_path: Path) -> None:
         ("lr_end", 1.5, r"in \[0, 1\]"),
         ("clip_grad", 0.0, "positive"),
         ("ema", 1.0, r"in \[0, 1\)"),
+        ("betas", (0.9, 1.0), r"in \[0, 1\)"),
+        ("betas", (-0.1, 0.9), r"in \[0, 1\)"),
+        ("betas", (0.9, float("nan")), r"in \[0, 1\)"),
         ("seed", -1, r"in \[0, 2\*\*32\)"),
         ("seed", 2**32, r"in \[0, 2\*\*32\)"),
         ("precision", "fp16", "auto, no or bf16"),

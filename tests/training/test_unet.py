@@ -1,35 +1,39 @@
 """Training the U-Net: latents made once, the order of a run, dropped captions, exact resume, and the model folder at the end."""
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentdiff.checkpoints.families import EMBEDDED
+from latentdiff.checkpoints.families import EMBEDDED, noise_schedule
 from latentdiff.checkpoints.fill import Options
 from latentdiff.checkpoints.io import load_parts, load_vae
+from latentdiff.diffusion import schedules
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.training import unet as trainer
+from latentdiff.training.clip import token_ids
 from latentdiff.training.data import batches, open_source
 from latentdiff.training.unet import (
-    Contexts,
     UNetTraining,
     Whitening,
     draw_levels,
     encode_captions,
     encode_pictures,
+    load_autoencoder,
     load_tower,
-    order,
     origin,
     rewrite,
     train_unet,
     whitening,
 )
-from latentdiff.training.vae import to_float
+from latentdiff.training.vae import VAETraining, to_float, train_vae
 
 SIZES: dict[str, Any] = {"size": 16, "widths": (8, 16), "attention": (False, True), "head_width": 8, "groups": 4, "warmup": 0}
 PROMPTS = ("a red disc", "a blue square")
@@ -47,30 +51,13 @@ def changed(config: UNetTraining, **changes: Any) -> UNetTraining:
     return replace(config, **changes)
 
 
-# ------------------------------------------------------------------------------------------------ order
-
-
-def test_an_epoch_shows_every_picture_once_and_each_in_its_own_order() -> None:
-    n = 11
-    epochs = order(3, n, 0, 4 * n).split(n)
-    assert all(sorted(epoch.tolist()) == list(range(n)) for epoch in epochs)
-    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
-
-
-def test_the_order_depends_on_the_place_alone() -> None:
-    whole = order(3, 11, 0, 60)
-    assert torch.equal(torch.cat([order(3, 11, k, 5) for k in range(0, 60, 5)]), whole)
-    assert torch.equal(order(3, 11, 17, 9), whole[17:26])
-    assert not torch.equal(order(4, 11, 0, 60), whole)
-
-
 # ------------------------------------------------------------------------------------------------ latents
 
 
 def encoded(config: UNetTraining) -> trainer.Latents:
-    vae = load_vae(config.vae, EMBEDDED, Options(dtype=torch.float32))
+    vae = load_autoencoder(config.vae)
     source = open_source(config.data, size=config.size)
-    return encode_pictures(vae, source, config, origin(config, vae, source))  # type: ignore[arg-type]
+    return encode_pictures(vae, source, config, origin(config, vae, source))
 
 
 def test_latents_are_the_posterior_of_the_pictures_of_a_run(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +84,7 @@ def test_shards_that_a_killed_start_left_are_not_made_again(config: UNetTraining
         (folder / name).unlink()
     made, write = [], trainer._write_shard
     monkeypatch.setattr(trainer, "_write_shard", lambda path, *rest: (made.append(path.name), write(path, *rest)))
+    monkeypatch.setattr(trainer, "LOADED", 2)  # nor does it matter how many are loaded at once
     again = encoded(config)
     assert made == ["00001", "00002"]
     assert torch.equal(again.mean, whole.mean)
@@ -107,8 +95,43 @@ def test_shards_that_a_killed_start_left_are_not_made_again(config: UNetTraining
 @pytest.mark.parametrize("changes", [{"pictures": 14}, {"seed": 1}])
 def test_latents_of_something_else_are_not_taken(config: UNetTraining, changes: dict[str, int]) -> None:
     encoded(config)
-    with pytest.raises(ValueError, match=r"out: .*latents was made from .*; remove it, or choose a new folder"):
+    ((name, value),) = changes.items()
+    said = rf"out: .*latents was made from something else \({name} was \d+, is {value}\); remove it, or choose a new folder"
+    with pytest.raises(ValueError, match=said):
         encoded(changed(config, **changes))
+
+
+def test_latents_of_other_data_are_not_taken(config: UNetTraining, tmp_path: Path) -> None:
+    encoded(config)
+    others = tmp_path / "others"
+    shutil.copytree(config.data, others)
+    (others / "red-disc.txt").write_text("a red disk")
+    with pytest.raises(ValueError, match=r"made from something else \(data was '\w{16}', is '\w{16}'\)"):
+        encoded(changed(config, data=others))
+
+
+def test_pictures_are_loaded_a_few_at_once(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def remembered(positions: Iterable[range], *rest: Any, **options: Any) -> Any:
+        asked.extend(positions)
+        return real(asked, *rest, **options)
+
+    real = trainer.pictures_at
+    monkeypatch.setattr(trainer, "pictures_at", remembered)
+    monkeypatch.setattr(trainer, "SHARD", 10)
+    monkeypatch.setattr(trainer, "LOADED", 5)
+    encoded(config)
+    assert asked == [range(0, 5), range(5, 10), range(10, 13)]  # and none that is not wanted
+
+
+def test_captions_are_padded_as_the_model_pads_its_prompts(clip_folder: Path) -> None:
+    words, tower = load_tower(clip_folder)
+    tower.spec = replace(tower.spec, pad=0)
+    found = encode_captions(tower, words, ["a red disc"])
+    with torch.no_grad():
+        wanted = tower(token_ids(words, ["a red disc"], 0))[0]
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_contexts_are_the_towers_and_the_last_is_of_nothing(clip_folder: Path) -> None:
@@ -116,9 +139,9 @@ def test_contexts_are_the_towers_and_the_last_is_of_nothing(clip_folder: Path) -
     found = encode_captions(tower, words, ["a red disc", "a blue square", ""])
     with torch.no_grad():
         empty = tower(torch.tensor([[words.begin_id, *[words.end_id] * 11]]))[0]
-    torch.testing.assert_close(found.states[-1:].float(), empty, rtol=1e-3, atol=1e-3)
-    assert found.states.shape == (3, 12, 16)
-    assert not torch.equal(found.states[0], found.states[1])
+    torch.testing.assert_close(found[-1:].float(), empty, rtol=1e-3, atol=1e-3)
+    assert found.shape == (3, 12, 16)
+    assert not torch.equal(found[0], found[1])
 
 
 # ------------------------------------------------------------------------------------------------ whitening
@@ -128,8 +151,8 @@ def test_white_states_vary_alike_where_they_vary_at_all() -> None:
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(16, 16, generator=generator) * torch.logspace(1, 0, 16)  # variances from 100 down to 1
     states = (torch.randn(40, 25, 16, generator=generator) + 1) @ mixed
-    white = whitening(Contexts(states.half()))
-    found = white.of(Contexts(states.half())).states.flatten(0, 1).float()
+    white = whitening(states.half())
+    found = white.of(states.half()).flatten(0, 1).float()
     before, after = (torch.linalg.eigvalsh(x.T @ x / len(x)) for x in (states.flatten(0, 1), found))
     assert before[-1] / before[-12] > 50
     assert 0.3 < after[-12] < after[-1] < 1.01
@@ -146,10 +169,10 @@ def test_a_network_of_white_states_is_one_of_the_towers_states(config: UNetTrain
     contexts = encode_captions(tower, words, [*PROMPTS, ""])
     white = whitening(contexts)
     with torch.no_grad():
-        wanted, _ = same.project_context(contexts.states.float())[0]
+        wanted, _ = same.project_context(contexts.float())[0]
         rewrite(same, white.back)
-        found, _ = same.project_context(white.of(contexts).states.float())[0]
-        other, _ = same.project_context(contexts.states.float())[0]
+        found, _ = same.project_context(white.of(contexts).float())[0]
+        other, _ = same.project_context(contexts.float())[0]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
     assert (other - wanted).abs().max() > 0.1
 
@@ -191,7 +214,7 @@ def test_captions_are_dropped_as_often_as_asked(config: UNetTraining, monkeypatc
     config = changed(config, drop=drop, steps=100, batch=20)
     spy, _ = spied(config, monkeypatch)
     words, tower = load_tower(config.clip)
-    empty = encode_captions(tower, words, [""]).states.float()
+    empty = encode_captions(tower, words, [""]).float()
     contexts = torch.cat([context for *_, context in spy.seen])
     share = (contexts == empty).flatten(1).all(1).double().mean().item()
     assert share == pytest.approx(drop, abs=4 * (drop * (1 - drop) / 2000) ** 0.5)
@@ -235,6 +258,29 @@ def test_the_loss_is_the_denoisers(config: UNetTraining, monkeypatch: pytest.Mon
     assert all(weight is None for _, weight in calls[:3])
     assert all(weight <= 5 / 6 + 1e-6 for _, weight in calls[3:6])  # min(snr, 5) / (snr + 1)
     assert max(weight for _, weight in calls[6:]) == pytest.approx(3.0)  # min(snr, 3)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "scaled_linear"])
+def test_a_model_is_sampled_at_the_levels_of_its_training(config: UNetTraining, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    trained_on = []
+    real = Denoiser.loss
+    monkeypatch.setattr(Denoiser, "loss", lambda self, *rest: (trained_on.append(self.schedule), real(self, *rest))[1])
+    spied(changed(config, schedule=kind, steps=1), monkeypatch)
+    saved = noise_schedule(load_parts(config.out / "model").spec.schedule)
+    assert torch.equal(saved.sigmas, trained_on[0].sigmas)
+    assert torch.equal(saved.sigmas, getattr(schedules, kind)().sigmas)
+
+
+def test_latents_are_shifted_and_scaled_as_the_vae_does(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(Denoiser, "loss", lambda self, x0, *_: (seen.append(x0), x0.sum())[1])
+    spied(changed(config, out=config.out / "plain", steps=1), monkeypatch)
+    other = config.out / "vae"
+    shutil.copytree(config.vae, other)
+    file = other / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_factor": 0.5}))
+    spied(changed(config, out=config.out / "shifted", vae=other, steps=1), monkeypatch)
+    torch.testing.assert_close(seen[1], seen[0] - 0.5 * load_autoencoder(config.vae).config.scale)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -301,21 +347,47 @@ def test_diffusers_opens_what_was_trained_and_draws_the_same(config: UNetTrainin
 
 def test_goes_on_from_a_model(runs: Any, config: UNetTraining) -> None:
     first = train_unet(changed(config, out=config.out / "first"))
-    start = trainer.begin(changed(config, start=config.out / "first" / "model"), trainer_sizes(config.out / "first" / "model"))
+    start = trainer.begin(changed(config, start=config.out / "first" / "model"), load_parts(config.out / "first" / "model").spec)
     assert runs.differing(dict(start.state_dict()), dict(first.state_dict())) == []
     second = train_unet(changed(config, out=config.out / "second", start=config.out / "first" / "model", lr=1e-3, steps=2))
     assert runs.differing(dict(second.state_dict()), dict(first.state_dict()))
 
 
-def trainer_sizes(folder: Path) -> Any:
-    return load_parts(folder).spec.unet
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prediction": "eps"}, "prediction was 'v', is 'eps'"),
+        ({"schedule": "linear"}, r"schedule was .*'cosine'.*, is .*'linear'"),
+        ({"head_width": 4}, r"heads was \(1, 2\), is \(2, 4\)"),
+    ],
+)
+def test_a_start_of_another_kind_is_refused(
+    runs: Any, config: UNetTraining, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    spied(changed(config, steps=1), monkeypatch)
+    start = changed(config, out=config.out / "next", start=config.out / "model", **changes)
+    with pytest.raises(ValueError, match=f"start: .* is another model than is to be trained .*{message}"):
+        train_unet(start)
+    assert not start.out.exists()
+
+
+def test_what_cannot_go_on_is_refused_before_anything_is_encoded(config: UNetTraining) -> None:
+    train_unet(changed(config, steps=1))
+    shutil.rmtree(config.out / "latents")
+    with pytest.raises(ValueError, match=r"another model or data \(prediction was 'v', is 'eps'\)"):
+        train_unet(changed(config, prediction="eps", steps=2))
+    assert not (config.out / "latents").exists()
+
+
+def test_latents_may_have_any_number_of_channels(runs: Any, config: UNetTraining) -> None:
+    out = config.out / "vae"
+    train_vae(VAETraining(out=out, data=config.data, steps=1, batch=4, **{**runs.VAE_SIZES, "latent_channels": 6}))
+    train_unet(changed(config, vae=out / "model", steps=1))
+    spec = load_parts(config.out / "model").spec
+    assert (spec.unet.in_channels, spec.unet.out_channels, spec.task) == (6, 6, "text")
 
 
 def test_a_run_is_not_resumed_on_another_text_tower(config: UNetTraining, clip_folder: Path) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     train_unet(changed(config, steps=1))
     other = config.out / "other"
     shutil.copytree(clip_folder, other)

@@ -1,5 +1,7 @@
 """Training the autoencoder: its losses, its crops, its folder, exact resume."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from latentdiff.checkpoints.families import EMBEDDED
 from latentdiff.checkpoints.fill import Options
 from latentdiff.checkpoints.io import load_vae
+from latentdiff.training import vae as trainer
 from latentdiff.training.data import open_source
 from latentdiff.training.vae import VAETraining, crops, kl_loss, latent_scale, reconstruction_loss, to_float, train_vae
 
@@ -108,6 +111,23 @@ def test_the_saved_folder_loads_and_has_latents_of_unit_variance(runs: Any, pict
     assert vae.config.sample_size == runs.SIZE
 
 
+def test_a_finished_vae_stays_as_it_is(runs: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scale too, which belongs to every U-Net that was made of it, and which other machines would find a little different."""
+    c = config(tmp_path / "run", pictures, runs.VAE_SIZES, steps=1)
+    train_vae(c)
+    before = {p: p.stat().st_mtime_ns for p in (c.out / "model").rglob("*.*")}
+    monkeypatch.setattr(trainer, "latent_scale", lambda *_: 7.0)
+    train_vae(c)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    train_vae(replace(c, steps=2))  # other weights
+    assert load_vae(c.out / "model", EMBEDDED, Options()).config.scale == 7
+    others = tmp_path / "others"
+    shutil.copytree(pictures, others)
+    (others / "red-disc.txt").unlink()
+    with pytest.raises(ValueError, match=r"another model or data \(data was '\w{16}', is '\w{16}'\)"):
+        train_vae(replace(c, steps=2, data=others))
+
+
 def test_latent_scale_looks_at_all_of_a_small_set(vae_folder: Path) -> None:
     """One picture in five differs: a sample of the first few would not see it."""
     vae = load_vae(vae_folder, EMBEDDED, Options())
@@ -157,6 +177,7 @@ def test_bad_values_are_refused_by_name(runs: Any, pictures: Path, tmp_path: Pat
         config(tmp_path, pictures, runs.VAE_SIZES, **changes)
 
 
+@pytest.mark.filterwarnings("ignore:.*passing over:UserWarning")
 def test_bad_pictures_are_skipped_while_training(runs: Any, tmp_path: Path) -> None:
     """One file in thirty is no picture: training goes on without it, and in the same order on every start."""
     data = tmp_path / "data"
