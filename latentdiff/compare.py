@@ -14,6 +14,7 @@ from latentdiff.diffusion.exact import Mixture
 from latentdiff.diffusion.samplers import FACTS, SAME, SAMPLERS, resolve
 from latentdiff.diffusion.schedules import karras
 from latentdiff.images import tile
+from latentdiff.request import integer
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -35,10 +36,12 @@ def sampler_grid(
     samplers: names, also with a spacing ("DPM++ 2M Karras"). options: further keywords of `pipe`; the seed is 0 unless given.
     Errors: ValueError for unknown samplers and steps before any picture is made, as `pipe` for the rest.
     """
-    for name in samplers:
-        resolve(name)
     if not samplers or not steps:
         raise ValueError(f"samplers and steps must each be at least one, got {list(samplers)} and {list(steps)}")
+    for name in samplers:
+        resolve(name)
+    for n in steps:
+        integer("steps", n, 1, len(pipe.schedule))
     chosen = {"seed": 0, "progress": False} | options
     pictures = [pipe(prompt, sampler=name, steps=n, **chosen)[0] for name in samplers for n in steps]
     return tile(pictures, len(steps), [f"{name} {n}" for name in samplers for n in steps])

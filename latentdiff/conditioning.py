@@ -29,12 +29,13 @@ class Cond:
     """The conditions of a batch, one entry a picture: the prompt as the U-Net takes it, and SDXL's vector.
 
     `context` is the embedding [b, n, d], or what `UNet.project_context` made of it: keys and values [b, h, n, e] of each attention.
-    `shifts` is what `UNet.embed_grid` made of the times of a run, for these pictures: time -> [b, s].
+    `shifts` is what `UNet.embed_grid` made of the times of a run, for these pictures: time -> [b, s]. `of`: what it was made of.
     """
 
     context: Float[Tensor, "b n d"] | list[tuple[Tensor, Tensor]]
     vector: Float[Tensor, "b v"] | None = None
     shifts: Mapping[float, Tensor] = field(default_factory=dict)
+    of: tuple[Cond, ...] = ()
 
     def __len__(self) -> int:
         return len(self._first)
@@ -54,10 +55,6 @@ class Cond:
             raise ValueError(f"other: its conditions have {other.tokens} tokens and vector {other.vector}, ours {self.tokens}")
         pairs = zip(self._tensors(), other._tensors(), strict=True)
         return self._like([torch.cat(pair) for pair in pairs])
-
-    def repeat(self, n: int) -> Cond:
-        """Each entry n times in a row."""
-        return self._like([tensor.repeat_interleave(n, dim=0) for tensor in self._tensors()])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         return self._like([tensor.to(device=device, dtype=dtype) for tensor in self._tensors()])
@@ -167,7 +164,7 @@ class TextEncoder:
     def stages(self, prompt: str, negative: str, *, syntax: str, steps: int, size: tuple[int, int]) -> list[Stage]:
         """What conditions a picture of `size` (width, height) pixels in a run of so many steps; each text is encoded once.
 
-        syntax: a name in `prompts.SYNTAXES`.
+        syntax: a name in `prompts.SYNTAXES`. steps: at least 1.
         """
         rules = SYNTAXES[syntax]
         said = plan(prompt, negative, steps, rules)

@@ -8,21 +8,22 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from latentdiff import __version__, images, memory, request
-from latentdiff.checkpoints.families import ModelSpec, ScheduleSpec
+from latentdiff.checkpoints.families import ModelSpec, noise_schedule
 from latentdiff.conditioning import Cond, Stage, TextEncoder
-from latentdiff.diffusion import schedules
 from latentdiff.diffusion.denoiser import Denoise, Denoiser, Network
 from latentdiff.diffusion.guidance import guided, scheduled
 from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Randn, Step
+from latentdiff.diffusion.schedules import NoiseSchedule
 from latentdiff.images import Images, Picture
 from latentdiff.models.caching import Cached
 from latentdiff.models.graphs import GraphedDecoder
@@ -70,13 +71,18 @@ class Progress:
     pipe: Pipeline
     request: Request
 
+    @property
+    def z(self) -> Float[Tensor, "b c h w"]:
+        """The state as the VAE takes it."""
+        return self.x / (1 + self.sigma**2).sqrt()
+
     def preview(self) -> Images:
-        """The estimate of the finished pictures, decoded."""
-        return self.pipe.pictures(self.x0, self.request)
+        """The estimate of the finished pictures, decoded; without recipes, which make the finished ones."""
+        return self.pipe.pictures(self.x0, self.request, recipes=False)
 
     def images(self) -> Images:
-        """The state as it is, decoded, with its recipes: after the last step, the result."""
-        return self.pipe.pictures(self.x / (1 + self.sigma**2).sqrt(), self.request)
+        """The state as it is, decoded: after the last step the result, with its recipes."""
+        return self.pipe.pictures(self.z, self.request, recipes=self.i + 1 == self.steps)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,7 +98,7 @@ class Pipeline:
     decoder: GraphedDecoder | RecordedDecoder | None = None  # and in the place of its VAE's `decode`: the same, recorded
 
     @cached_property
-    def schedule(self) -> schedules.NoiseSchedule:
+    def schedule(self) -> NoiseSchedule:
         return noise_schedule(self.spec.schedule)
 
     @property
@@ -137,7 +143,7 @@ class Pipeline:
         rescale: share, 0 to 1, of Lin et al.'s correction of overexposure (arXiv 2305.08891, eq. 16).
         syntax: what signs in the texts mean, a name in `prompts.SYNTAXES`: (weights:1.3), [changes:along:0.5], AND, BREAK.
         steps: 1 to the schedule's 1000. sampler: a name in SAMPLERS, or a function like those. eta: 0 to 1, noise of samplers that
-        take it. spacing: a name in SPACINGS, or the steps + 1 noise levels themselves.
+        take it. spacing: a name in SPACINGS, or the noise levels themselves, one more than steps.
         seed: 0 to 2^64 − 1; None and −1 draw one, which the recipe reports. size: a side, or (width, height), in pixels.
         batch: pictures in one network call; 1 on a CPU and 8 elsewhere, unless given. progress: a bar on stderr.
         None is the model's own value: 7.5, 30 steps, "ddim", native size for most.
@@ -149,22 +155,8 @@ class Pipeline:
         to the last bit. blur: pixels, inside the mask, over which the new fades in. padding: work on the masked part alone, with so
         many pixels around. expand: pixels to add, on each side or (left, top, right, bottom). image_guidance: of instruct models.
         """
-        given = Given(
-            image=image,
-            mask=mask,
-            strength=strength,
-            exact=exact,
-            blur=blur,
-            padding=padding,
-            expand=expand,
-            image_guidance=image_guidance,
-        )
-        found = canvases(self, given, size)
-        asked = request.request(
-            self.spec,
-            self.schedule,
-            self.vae.factor,
-            prompt=prompts(found, prompt),
+        run = self.stream(
+            prompt,
             negative=negative,
             guidance=guidance,
             rescale=rescale,
@@ -175,12 +167,18 @@ class Pipeline:
             eta=eta,
             seed=seed,
             n=n,
-            size=found[0].size if found else size,
+            size=size,
             batch=batch,
-            pictured=bool(found),
+            image=image,
+            mask=mask,
+            strength=strength,
+            exact=exact,
+            blur=blur,
+            padding=padding,
+            expand=expand,
+            image_guidance=image_guidance,
         )
-        asked = begun(self, asked, given, found)
-        return finished(self.run(asked), len(asked.sigmas) - 1, progress)
+        return finished(run, progress)
 
     def stream(
         self,
@@ -209,18 +207,20 @@ class Pipeline:
     ) -> Iterator[Progress]:
         """The steps of `pipe(...)`, one by one: look in, preview, stop. Arguments are checked now, not at the first step.
 
-        Where the U-Net overflows its dtype, the run starts again at step 0 in float32.
+        Where the U-Net overflows its dtype, the run starts again at step 0 in float32; its last step has the pictures that were
+        sound as they were.
         """
         given = Given(
             image=image,
             mask=mask,
             strength=strength,
-            exact=exact,
+            exact=request.flag("exact", exact),
             blur=blur,
             padding=padding,
             expand=expand,
             image_guidance=image_guidance,
         )
+        request.texts("prompt", prompt)
         found = canvases(self, given, size)
         asked = request.request(
             self.spec,
@@ -241,8 +241,7 @@ class Pipeline:
             batch=batch,
             pictured=bool(found),
         )
-        asked = begun(self, asked, given, found)
-        return self.run(asked)
+        return self.run(begun(self, asked, given, found))
 
     def edit(
         self,
@@ -259,9 +258,9 @@ class Pipeline:
         region: str | Sequence[str] | None = None,
         threshold: float = 0.4,
         weights: Mapping[str, float] | None = None,
-        mask: Picture | None = None,
+        mask: Picture | Sequence[Picture] | None = None,
         blur: int = 0,
-        negative: str | None = None,
+        negative: str | Sequence[str] | None = None,
         guidance: float | None = None,
         steps: int | None = None,
         spacing: str | Sequence[float] | None = None,
@@ -272,8 +271,8 @@ class Pipeline:
     ) -> Edits:
         """Pictures changed by words: `source` says what a photo shows, `target` what it should show; the rest stays.
 
-        photo: a path or a PIL picture; None edits the picture that `source` and `seed` make. Photo, source and target may each be
-        several, one an edit; edit k has seed + k.
+        photo: a path or a PIL picture; None edits the picture that `source` and `seed` make. Photo, mask, source, target and
+        negative may each be several, one an edit; edit k has seed + k.
         method: "img2img" starts from the noised photo; "ddim", "null-text" and "edit-friendly" from its inversion;
         "prompt-to-prompt" also has the target attend as the source does, along `inversion` (edit-friendly).
         strength: share of the noise levels that it goes back. cross, self_attention: shares of the steps, 0.8 and 0.4, in which the
@@ -356,27 +355,27 @@ class Pipeline:
         return editing.attention(self, asked, request.texts("word", word), scale, progress)
 
     @torch.no_grad()
-    def run(self, asked: Request, start: Callable[[Randn], Tensor] | None = None) -> Iterator[Progress]:
-        """Walk the request's grid from `start(randn)`, a state at its first level; by default from `begin`."""
-        told = self.stages(asked)
-        last = yield from self._walk(self.unet, told, asked, start)
+    def run(self, asked: Request, make: Callable[[bool], Denoise] | None = None) -> Iterator[Progress]:
+        """Walk the request's grid. make: (whether with a float32 U-Net) -> the denoiser; by default this model's own."""
+        if len(asked.sigmas) == 1:  # img2img at strength 0: the picture as it is
+            x = self.begin(asked, request.randn(asked.seeds))
+            yield Progress(-1, 0, asked.sigmas[0], x, x, self, asked)
+            return
+        make = make or self.maker(asked)
+        last = yield from self._walk(make(False), asked)
         if not finite(last.x):
-            last = yield from self._walk(in_float32("U-Net", self.unet), told, asked, start)
+            last = yield from self._walk(make(True), asked, last)
         if not finite(last.x):
             raise NonFiniteError("U-Net")
 
-    def _walk(
-        self, unet: UNet, told: list[list[Stage]], asked: Request, start: Callable[[Randn], Tensor] | None
-    ) -> Generator[Progress, None, Step]:
-        """All steps with this U-Net; returns the last."""
-        randn, step = request.randn(asked.seeds), None
-        x = self.begin(asked, randn) if start is None else start(randn)
-        if len(asked.sigmas) == 1:  # img2img at strength 0: the picture as it is
-            step = Step(-1, asked.sigmas[0], x, x)
-            yield Progress(-1, 0, step.sigma, x, x, self, asked)
-            return step
-        for step in asked.sample(self.denoise(unet, told, asked), x, randn):
-            yield Progress(step.i, len(asked.sigmas) - 1, step.sigma, step.x, step.x0, self, asked)
+    def _walk(self, denoise: Denoise, asked: Request, before: Step | None = None) -> Generator[Progress, None, Step]:
+        """All steps; returns the last. In it, pictures that were finite in the last step of the run before are as they were."""
+        randn, step, steps = request.randn(asked.seeds), None, len(asked.sigmas) - 1
+        for step in asked.sample(denoise, self.begin(asked, randn), randn):
+            if before is not None and step.i == steps - 1:
+                sound = before.x.isfinite().all(dim=(1, 2, 3), keepdim=True)
+                step = replace(step, x=torch.where(sound, before.x, step.x), x0=torch.where(sound, before.x0, step.x0))
+            yield Progress(step.i, steps, step.sigma, step.x, step.x0, self, asked)
         if step is None:
             raise ValueError(f"sampler must yield at least one Step, got none from {asked.sampler}")
         return step
@@ -412,15 +411,21 @@ class Pipeline:
         unet: another in its place. times: those of a run, which are then embedded once.
         """
         unet = unet or self.unet
-        network = self.network if self.network is not None and unet is self.unet else unet
         dtype = next(unet.parameters()).dtype
-        return Denoiser(
-            network, self.schedule, self.spec.prediction, dtype, prepare=lambda c: c.to(dtype=dtype).project(unet, times)
-        )
+        network = self.network
+        if network is None or unet is not self.unet or isinstance(network, Cached):  # a Cached is for one run
+            network = unet
+        prepare = shared(lambda *conds: joined(conds).to(dtype=dtype).project(unet, times))
+        return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=prepare)
 
     def times(self, sigmas: Float[Tensor, " steps+1"]) -> tuple[float, ...]:
         """The times at which the network is asked in a run over these levels."""
         return tuple(dict.fromkeys(self.schedule.t(sigma).float().item() for sigma in sigmas[:-1].double()))
+
+    def maker(self, asked: Request) -> Callable[[bool], Denoise]:
+        """What `run` walks with, the texts encoded: (whether with a float32 U-Net) -> the denoiser of the request."""
+        told = self.stages(asked)
+        return lambda float32: self.denoise(in_float32("U-Net", self.unet) if float32 else self.unet, told, asked)
 
     def denoise(self, unet: UNet, told: list[list[Stage]], asked: Request) -> Denoise:
         """(x, sigma) -> x0 for the whole batch, in groups that go through the network together.
@@ -428,13 +433,15 @@ class Pipeline:
         On a CPU each picture is a group: products of other shapes round otherwise, and a picture would depend on its neighbours.
         """
         denoiser = self.denoiser(unet, self.times(asked.sigmas))
+        cached = self.network if unet is self.unet and isinstance(self.network, Cached) else None
+        join = shared(lambda *conds: joined(conds))
 
         def make(rows: slice, spare: bool) -> Denoise:
-            network = denoiser.network.fresh() if isinstance(denoiser.network, Cached) else denoiser.network
+            network = cached.fresh() if cached else denoiser.network
             if asked.scale_is_input:
                 network = told_scale(network, asked.scale, self.spec.unet.time_cond_dim or 0)
             own = replace(denoiser, network=network, attend=memory.sliced if spare else None)
-            return self._denoise_group(own, told[rows], asked, rows)
+            return self._denoise_group(own, told[rows], asked, rows, join)
 
         groups = grouped(told, asked.batch or (1 if self.device.type == "cpu" else BATCH))
         denoises, done = [], 0
@@ -447,12 +454,14 @@ class Pipeline:
 
         return asked.origin.around(denoise) if asked.origin else denoise
 
-    def _denoise_group(self, denoiser: Denoiser, group: list[list[Stage]], asked: Request, rows: slice) -> Denoise:
+    def _denoise_group(
+        self, denoiser: Denoiser, group: list[list[Stage]], asked: Request, rows: slice, join: Callable[..., Cond]
+    ) -> Denoise:
         """The pictures `rows` of the request, with what each is told at the time."""
         made: list[tuple[int, Denoise]] = []
         for end in sorted({stage.until for stages in group for stage in stages}):
             now = [next(stage for stage in stages if end <= stage.until) for stages in group]
-            cond, uncond = together(now), joined([stage.negative for stage in now])
+            cond, uncond = together(now, join), join(*(stage.negative for stage in now))
             if asked.origin:
                 made.append((end, asked.origin.guided(denoiser, cond, uncond, asked, rows)))
             else:
@@ -460,8 +469,8 @@ class Pipeline:
         return made[0][1] if len(made) == 1 else scheduled(asked.sigmas, made)
 
     @torch.no_grad()
-    def pictures(self, z: Float[Tensor, "b c h w"], asked: Request) -> Images:
-        """Latents decoded, each with its recipe."""
+    def pictures(self, z: Float[Tensor, "b c h w"], asked: Request, *, recipes: bool = True) -> Images:
+        """Latents decoded, each with its recipe unless told otherwise."""
         if asked.origin:
             z = asked.origin.latents(z)
         with ThreadPoolExecutor(1) as pool:  # pixels become a picture while the next one is decoded
@@ -469,6 +478,9 @@ class Pipeline:
         if asked.origin:
             decoded = asked.origin.finish(decoded)
         for k, image in enumerate(decoded):
+            if not recipes:
+                image.info.pop("parameters", None)  # of the picture it started from
+                continue
             extra = {"Model": self.title, "Version": f"latentdiff {__version__}"}
             extra |= asked.origin.marks(k) if asked.origin else {}
             image.info["parameters"] = images.write_parameters(asked.recipe(k), extra)
@@ -478,12 +490,11 @@ class Pipeline:
     def encode(self, pictures: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b c h w"]:
         """Scaled latents of pictures in [-1, 1], float32, on the model's device."""
 
-        def run(vae: VAE | TinyVAE) -> Tensor:
+        def run(vae: VAE | TinyVAE, picture: Tensor) -> Tensor:
             dtype = next(vae.parameters()).dtype
-            one = lambda picture: memory.whole_or_tiled(vae.encode, picture.to(self.device, dtype), pixels=vae.factor)  # noqa: E731
-            return torch.cat([one(picture) for picture in pictures.split(1)]).float()
+            return memory.whole_or_tiled(vae.encode, picture.to(self.device, dtype), pixels=vae.factor).float()
 
-        return sound("VAE", self.vae, run, finite)
+        return torch.cat([sound("VAE", self.vae, partial(run, picture=picture), finite) for picture in pictures.split(1)])
 
     @torch.no_grad()
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
@@ -496,16 +507,17 @@ class Pipeline:
         return sound("VAE", self.vae, run, finite)
 
 
-def finished(run: Iterator[Progress], steps: int, progress: bool) -> Images:
+def finished(run: Iterator[Progress], progress: bool) -> Images:
     """The pictures of a run's last step; a bar on stderr shows how far it is."""
     from tqdm import tqdm
 
     last = None
-    with tqdm(total=steps, disable=not progress, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(disable=not progress, unit="step", dynamic_ncols=True) as bar:
         for last in run:
+            bar.total = last.steps
             bar.update(last.i + 1 - bar.n)
     assert last is not None
-    return last.images()
+    return last.pipe.pictures(last.z, last.request)
 
 
 def grouped(items: Sequence[list[Stage]], most: int) -> list[list[list[Stage]]]:
@@ -519,16 +531,16 @@ def grouped(items: Sequence[list[Stage]], most: int) -> list[list[list[Stage]]]:
     return groups
 
 
-def together(stages: Sequence[Stage]) -> Cond | list[tuple[Cond, Tensor]]:
+def together(stages: Sequence[Stage], join: Callable[..., Cond]) -> Cond | list[tuple[Cond, Tensor]]:
     """The prompts of several pictures as one batch; where a picture has several, as parts with a weight for each picture.
 
-    A picture with fewer parts than another repeats its first at weight 0.
+    A picture with fewer parts than another repeats its first at weight 0. join: (conditions) -> one of all.
     """
     n = max(len(stage.parts) for stage in stages)
     slots = [[(stage.parts[k] if k < len(stage.parts) else (stage.parts[0][0], 0.0)) for stage in stages] for k in range(n)]
     if n == 1 and all(weight == 1 for _, weight in slots[0]):
-        return joined([cond for cond, _ in slots[0]])
-    return [(joined([cond for cond, _ in slot]), torch.tensor([weight for _, weight in slot])) for slot in slots]
+        return join(*(cond for cond, _ in slots[0]))
+    return [(join(*(cond for cond, _ in slot)), torch.tensor([weight for _, weight in slot])) for slot in slots]
 
 
 def told_scale(network: Network, scale: float, dim: int) -> Network:
@@ -547,6 +559,20 @@ def joined(conds: Sequence[Cond]) -> Cond:
     for cond in rest:
         first = first.join(cond)
     return first
+
+
+def shared(make: Callable[..., Cond]) -> Callable[..., Cond]:
+    """make(*conditions), once for the same conditions as long as what it made is in use."""
+    known: WeakValueDictionary[tuple[int, ...], Cond] = WeakValueDictionary()
+
+    def call(*conds: Cond) -> Cond:
+        key = tuple(map(id, conds))
+        made = known.get(key)
+        if made is None:
+            made = known[key] = replace(make(*conds), of=conds)  # held, since an id is good for as long as its owner lives
+        return made
+
+    return call
 
 
 def finite(x: Tensor) -> bool:
@@ -570,13 +596,3 @@ def in_float32(stage: str, part: M) -> M:
         raise NonFiniteError(stage)
     warnings.warn(f"the {stage} gave NaN or infinity in {dtype}; computing again in float32", stacklevel=2)
     return copy.deepcopy(part).float()
-
-
-def noise_schedule(spec: ScheduleSpec) -> schedules.NoiseSchedule:
-    """The noise levels that a model's spec describes."""
-    if spec.kind == "cosine":
-        found = schedules.cosine(spec.steps)
-    else:
-        make = schedules.linear if spec.kind == "linear" else schedules.scaled_linear
-        found = make(spec.steps, spec.beta_start, spec.beta_end)
-    return schedules.zero_snr(found) if spec.zero_snr else found

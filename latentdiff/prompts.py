@@ -201,7 +201,7 @@ class _Group:
 
 
 def schedule(prompt: str, steps: int) -> list[tuple[int, str]]:
-    """What a prompt says until (and including) which step, from 1 to `steps`; the last entry ends at `steps`.
+    """What a prompt says until (and including) which step, from 1 to `steps`, at least 1; the last entry ends at `steps`.
 
     `[a:b:when]` changes from a to b after step `when`, `[b:when]` adds, `[a::when]` removes, `[a|b]` takes turns; `when` below 1
     is a fraction of the steps. All other brackets stay as they are: they are weights.

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from latentdiff import __version__, images, request
-from latentdiff.diffusion.guidance import Rule
+from latentdiff.diffusion.denoiser import Denoise
+from latentdiff.diffusion.guidance import scheduled
+from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Step
 from latentdiff.images import Images
 from latentdiff.pipeline import Pipeline, Progress, finished
@@ -73,8 +76,8 @@ def refine(
         )
 
     first = asked(base, seed)
-    second = replace(asked(refiner, first.seeds[0]), seeds=first.seeds)
-    result = finished(handed_over(base, refiner, first, second, share), len(first.sigmas) - 1, progress)
+    second = replace(asked(refiner, first.seeds[0]), seeds=first.seeds, sigmas=first.sigmas)
+    result = finished(handed_over(base, refiner, first, second, share), progress)
     for k, image in enumerate(result):
         extra = {"Model": base.title, "Refiner": refiner.title, "Refiner switch at": f"{share:g}"}
         extra["Version"] = f"latentdiff {__version__}"
@@ -82,26 +85,21 @@ def refine(
     return result
 
 
+@torch.no_grad()
 def handed_over(base: Pipeline, refiner: Pipeline, first: Request, second: Request, share: float) -> Iterator[Progress]:
-    """The base's steps on the grid's upper part, and the refiner's on the rest; indices go on."""
-    cut = handoff_step(base, first.sigmas, share)
-    last = None
-    if cut > 0:
-        for last in base.run(replace(first, sigmas=first.sigmas[: cut + 1])):
-            yield replace(last, steps=len(first.sigmas) - 1)
-    if cut == len(first.sigmas) - 1:
-        return
-    rest = replace(second, sigmas=first.sigmas[cut:])
+    """One run of one sampler, which asks the base in its upper part and the refiner in the rest: noise and schedules go on."""
+    cut, makers = handoff_step(base, first.sigmas, share), [(base, base.maker(first)), (refiner, refiner.maker(second))]
 
-    def start(randn):
-        """The base's state. The noise it has drawn is drawn again, so that a sampler that adds noise adds new one."""
-        x = refiner.noise(rest, randn)
-        for _ in range(cut):
-            randn(x)
-        return x if last is None else last.x.to(x.device)
+    def make(float32: bool) -> Denoise:
+        upper, lower = (maker(float32 and pipe.dtype != torch.float32) for pipe, maker in makers)
 
-    for step in refiner.run(rest, start):
-        yield replace(step, i=step.i + cut, steps=len(first.sigmas) - 1)
+        def refined(x: Tensor, sigma: Tensor) -> Tensor:
+            return lower(x.to(refiner.device), sigma).to(x.device)
+
+        return scheduled(first.sigmas, [(cut, upper), (len(first.sigmas) - 1, refined)])
+
+    for step in base.run(first, make):
+        yield step if step.i < cut else replace(step, pipe=refiner, request=second)
 
 
 def handoff_step(base: Pipeline, sigmas: torch.Tensor, share: float) -> int:

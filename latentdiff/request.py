@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentdiff.checkpoints.families import ModelSpec
+from latentdiff.checkpoints.families import ModelSpec, SamplingSpec
 from latentdiff.diffusion.rules import Rule, cfg, rescale, rule
 from latentdiff.diffusion.samplers import SAMPLERS, Randn, Step, bind, resolve
 from latentdiff.diffusion.schedules import NoiseSchedule, grid, spacing_named
-from latentdiff.prompts import SYNTAXES, conjunction
+from latentdiff.prompts import SYNTAXES, conjunction, plan
 
 MAX_PROMPT = 100_000  # characters, about 25,000 tokens
 MAX_WEIGHT = 1000.0  # of a word, or of a prompt beside others; far beyond what makes pictures, far below what overflows
@@ -123,24 +123,29 @@ def request(
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):
         raise ValueError(f"negative must be one text, or one a prompt ({len(prompts)}), got {len(negatives)}")
-    syntax = checked_syntax(syntax)
-    for name, given in (("prompt", prompts), ("negative", negatives)):
-        check_weights(name, given, syntax)
     n = integer("n", n, 1, MAX_PICTURES // len(prompts))
     own = spec.sampling
-    steps = integer("steps", first(steps, own.steps, STEPS), 1, len(schedule))
-    scale_is_input = spec.unet.time_cond_dim is not None
     name, solver, implied = checked_sampler(first(sampler, own.sampler, SAMPLER), schedule)
     if isinstance(spacing, str) and spacing.lower() == "automatic":  # in pictures of A1111: left to the program
         spacing = None
     spacing = first(spacing, implied, own.spacing)
     spacing = (spacing_named(spacing) or spacing) if isinstance(spacing, str) else numbers("spacing", spacing)
+    counted = None if isinstance(spacing, str) else max(len(spacing) - 1, 1)
+    steps = integer("steps", first(steps, counted, own.steps, STEPS), 1, len(schedule))
+    syntax = checked_syntax(syntax)
+    check_weights(prompts, negatives, syntax, steps)
+    scale_is_input, instruct = spec.unet.time_cond_dim is not None, spec.task == "instruct"
+    if instruct and SYNTAXES[syntax].dynamic and any(len(conjunction(text)) > 1 for text in prompts):
+        raise ValueError("prompt must be a single one for a model that follows instructions, got several joined by AND")
+    rescale = number("rescale", rescale, 0, 1)
+    if rescale and (instruct or scale_is_input):
+        raise ValueError(f"rescale must be 0 for this model ({spec.name}), whose guidance is its own, got {rescale:g}")
     return Request(
         prompts=tuple(p for p in prompts for _ in range(n)),
         negatives=tuple(p for p in negatives for _ in range(n)),
         seeds=seeds(seed, n * len(prompts)),
-        guidance=checked_guidance(first(guidance, own.guidance, GUIDANCE), rules=not scale_is_input),
-        rescale=number("rescale", rescale, 0, 1),
+        guidance=checked_guidance(first(guidance, own.guidance, GUIDANCE), rules=not (scale_is_input or instruct)),
+        rescale=rescale,
         syntax=syntax,
         steps=steps,
         sampler=name,
@@ -149,9 +154,19 @@ def request(
         eta=checked_eta(eta, name, solver),
         size=checked_size(first(size, spec.size), factor),
         batch=None if batch is None else integer("batch", batch, 1, MAX_PICTURES),
-        sigmas=grid(schedule, steps, spacing, offset=own.steps_offset, final=own.final),
+        sigmas=grid(schedule, steps, spacing, offset=own.steps_offset, final=final(name, own)),
         scale_is_input=scale_is_input,
     )
+
+
+def final(sampler: str, own: SamplingSpec) -> str:
+    """Where a named spacing ends, as in diffusers: at zero, or at the lowest trained level ("sigma_min"), as TCD's always does.
+
+    The model's file (`set_alpha_to_one`) speaks of the sampler that it is made for, and of DDIM and PLMS.
+    """
+    if sampler in ("ddim", "plms", "pndm", own.sampler):
+        return own.final
+    return "sigma_min" if sampler == "tcd" else "zero"
 
 
 def first(*values: Any) -> Any:
@@ -166,6 +181,8 @@ def texts(name: str, value: str | Sequence[str]) -> list[str]:
         raise ValueError(f"{name} must be a text or a list of texts, got {shown(value)}")
     if not given:
         raise ValueError(f"{name} must be a text or a list of at least one text, got an empty list")
+    if len(given) > MAX_PICTURES:
+        raise ValueError(f"{name} must be at most {MAX_PICTURES:,} texts, got {len(given):,}")
     for text in given:
         if len(text) > MAX_PROMPT:
             raise ValueError(f"{name} must have at most {MAX_PROMPT:,} characters, got {len(text):,}")
@@ -174,17 +191,24 @@ def texts(name: str, value: str | Sequence[str]) -> list[str]:
     return list(given)
 
 
-def check_weights(name: str, texts: Sequence[str], syntax: str) -> None:
-    """No weight, of words or of prompts joined by AND, may be so large that numbers overflow."""
+def check_weights(prompts: Sequence[str], negatives: Sequence[str], syntax: str, steps: int) -> None:
+    """No weight in what is said at any step, of words or of prompts joined by AND, may be so large that numbers overflow."""
     reading = SYNTAXES[syntax]
-    for text in dict.fromkeys(texts):
-        weights = [(words, weight) for section in reading.parse(text) for words, weight in section]
-        weights += conjunction(text) if reading.dynamic else []
-        for words, weight in weights:
-            if not abs(weight) <= MAX_WEIGHT:
-                raise ValueError(
-                    f"{name} must have weights from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}, got {weight:g} of {shown(words)}"
-                )
+    told = [part for text in dict.fromkeys(prompts) for said in plan(text, "", steps, reading) for part in said.parts]
+    untold = [(said.negative, 1.0) for text in dict.fromkeys(negatives) for said in plan("", text, steps, reading)]
+    for name, parts in (("prompt", told), ("negative", untold)):
+        for part in dict.fromkeys(parts):
+            for words, weight in [part, *(words for section in reading.parse(part[0]) for words in section)]:
+                if not abs(weight) <= MAX_WEIGHT:
+                    raise ValueError(
+                        f"{name} must have weights from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}, got {weight:g} of {shown(words)}"
+                    )
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return value
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
@@ -200,7 +224,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     try:
         found = None if isinstance(value, str | bytes | bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = None
     if found is None or not math.isfinite(found) or not low <= found <= high:
         allowed = "a finite number" if low == -math.inf else f"a number from {low} to {high}"

@@ -1,6 +1,7 @@
 """Samplers side by side: the grid of pictures, the errors and their plot, and the commands that make them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -22,11 +23,16 @@ def test_the_grid_has_a_row_a_sampler_and_a_column_a_number_of_steps(tiny_pipe):
 
 @pytest.mark.parametrize(
     ("samplers", "steps", "message"),
-    [(["euler", "oiler"], [2], "sampler must be one of .*got 'oiler'"), ([], [2], "at least one"), (["euler"], [], "at least one")],
+    [
+        (["euler", "oiler"], [2], "sampler must be one of .*got 'oiler'"),
+        ([], [2], "at least one"),
+        (["euler"], [], "at least one"),
+        (["euler"], [2, 0], "steps must be an integer from 1 to 1000, got 0"),
+    ],
 )
-def test_a_bad_comparison_is_refused_before_any_picture(samplers, steps, message, monkeypatch):
+def test_a_bad_comparison_is_refused_before_any_picture(tiny_pipe, samplers, steps, message):
     with pytest.raises(ValueError, match=message):
-        compare.sampler_grid(lambda *a, **k: pytest.fail("computed"), "a cat", samplers, steps)
+        compare.sampler_grid(replace(tiny_pipe, text=None), "a cat", samplers, steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

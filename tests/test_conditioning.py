@@ -49,14 +49,12 @@ def flat(cond: Cond) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("vector", [True, False])
 @pytest.mark.parametrize("projected", [True, False])
-def test_join_repeat_and_to(vector, projected):
+def test_join_and_to(vector, projected):
     a, b = random_cond(2, vector, projected, 0), random_cond(3, vector, projected, 1)
     both = a.join(b)
     assert (len(a), len(both), both.tokens) == (2, 5, 5)
     for x, y, z in zip(flat(a), flat(b), flat(both), strict=True):
         assert torch.equal(z, torch.cat([x, y]))
-    for x, y in zip(flat(a), flat(a.repeat(3)), strict=True):
-        assert torch.equal(y[:3], x[:1].expand(3, *x.shape[1:]))
     assert {t.dtype for t in flat(a.to(dtype=torch.float16))} == {torch.float16}
     assert (both.vector is None) is not vector
     assert isinstance(both.context, list) is projected

@@ -12,11 +12,12 @@ from PIL import Image
 
 import latentdiff
 from latentdiff import images as I
-from latentdiff.checkpoints.families import SamplingSpec, ScheduleSpec
+from latentdiff import request
+from latentdiff.checkpoints.families import SD15, SamplingSpec, ScheduleSpec, noise_schedule
 from latentdiff.checkpoints.save import save_folder
 from latentdiff.conditioning import TextEncoder
 from latentdiff.diffusion.samplers import SAMPLERS, Step, ddim
-from latentdiff.pipeline import Pipeline, noise_schedule
+from latentdiff.pipeline import Pipeline
 
 LONG = " ".join(f"a {colour} cat and a dog," for colour in ("red", "blue", "quick", "brown", "flat"))
 FEW = {"steps": 3, "progress": False}
@@ -91,6 +92,56 @@ def test_the_picture_of_an_xl_model_is_diffusers_own(tiny_parts, tmp_path):
         ours = float_pictures(pipe, "a cat", negative=negative, steps=4, seed=1, guidance=5.0)
         theirs = through_diffusers(tmp_path / "m", "a cat", negative, steps=4, guidance=5.0, seed=1)
         assert np.abs(ours - theirs).max() < 1e-5
+
+
+SD_FILE = {  # what stands in the scheduler's file of SD 1.5, and the spacing that its class takes without a word of it
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "clip_sample": False,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading",
+}  # fmt: skip
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("sampler", "name", "end"),
+    [
+        ("ddim", "DDIMScheduler", "final_alpha_cumprod"),
+        ("plms", "PNDMScheduler", "final_alpha_cumprod"),
+        ("ddpm", "DDPMScheduler", 1.0),
+        ("lcm", "LCMScheduler", 1.0),  # its last step adds no noise
+        ("tcd", "TCDScheduler", "alphas_cumprod"),  # its last step goes to t = 0
+        ("euler", "EulerDiscreteScheduler", None),
+        ("euler_ancestral", "EulerAncestralDiscreteScheduler", None),
+        ("heun", "HeunDiscreteScheduler", None),
+        ("lms", "LMSDiscreteScheduler", None),
+        ("dpm2", "KDPM2DiscreteScheduler", None),
+        ("dpm2_ancestral", "KDPM2AncestralDiscreteScheduler", None),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", None),
+        ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", None),
+        ("unipc", "UniPCMultistepScheduler", None),
+    ],
+)
+@pytest.mark.parametrize("steps", [4, 8, 20])
+def test_the_grid_of_each_sampler_on_sd_is_diffusers_own(sampler, name, end, steps):
+    """Of DPM++ and UniPC the last level alone: their "leading" divides the times by steps + 1 there.
+
+    Left out are DEIS, which ends at the lowest level there and, as in other programs, at 0 here; and iPNDM, which has a grid of its
+    own. A file without a spacing, such as SD 1.5's, leaves that to the class there, and to the model's file here.
+    """
+    theirs = getattr(pytest.importorskip("diffusers"), name).from_config(SD_FILE)
+    theirs.set_timesteps(steps)
+    unsaid = dict.fromkeys(("negative", "guidance", "spacing", "eta", "size", "batch"))
+    asked = request.request(
+        SD15, noise_schedule(SD15.schedule), 8, prompt="a", steps=steps, sampler=sampler, rescale=0.0, seed=0, n=1, **unsaid
+    )
+    if end is None:
+        levels = sorted(set(theirs.sigmas.tolist()), reverse=True)  # where a step evaluates twice, each stands there twice
+    else:
+        last = getattr(theirs, end).flatten()[0].item() if isinstance(end, str) else end
+        abar = [*(theirs.alphas_cumprod[int(t)].item() for t in dict.fromkeys(theirs.timesteps.tolist())), last]
+        levels = [((1 - a) / a) ** 0.5 for a in abar]
+    assert asked.sigmas[-1].item() == pytest.approx(levels[-1], rel=1e-4)
+    if not name.endswith("MultistepScheduler"):
+        assert asked.sigmas.tolist() == pytest.approx(levels, rel=1e-4)
 
 
 def xl(tiny_parts) -> dict:
@@ -226,6 +277,7 @@ def test_an_own_grid_is_part_of_the_recipe(tiny_pipe):
     recipe = I.parse_parameters(made.info["parameters"])[0]
     assert recipe["spacing"] == levels
     assert same(made, tiny_pipe(**recipe, progress=False)[0])
+    assert same(made, tiny_pipe("a cat", spacing=levels, seed=1, progress=False)[0])  # as many steps as the levels make
 
 
 # -------------------------------------------------------------------------------------------------------------------- stream
@@ -241,6 +293,20 @@ def test_the_stream_shows_every_step_and_the_call_is_its_end(tiny_pipe):
     assert same(steps[-1].preview()[0], steps[-1].images()[0])  # at sigma 0 the state is the estimate
     assert not same(steps[0].preview()[0], steps[-1].preview()[0])
     assert steps[0].preview()[0].size == (32, 32)
+
+
+def test_the_finished_picture_alone_has_a_recipe(tiny_pipe):
+    photo = tiny_pipe("a dog", seed=5, **FEW)[0]
+    for options in ({}, {"image": photo, "strength": 0.5}):
+        *_, middle, last = tiny_pipe.stream("a cat", steps=3, seed=2, **options)
+        for made in (middle.preview(), middle.images(), last.preview()):
+            assert "parameters" not in made[0].info
+        assert I.parse_parameters(last.images()[0].info["parameters"])[0]["seed"] == 2
+
+    def early(denoise, x, sigmas, *, randn):
+        yield next(ddim(denoise, x, sigmas, randn=randn))
+
+    assert "Seed: 2" in tiny_pipe("a cat", seed=2, sampler=early, **FEW)[0].info["parameters"]
 
 
 def test_a_cancelled_run_leaves_the_pipeline_as_it_was(tiny_pipe):
@@ -351,6 +417,14 @@ BAD = [
     ({"sampler": 7}, r"sampler must be one of .*ddim, .*, got 7"),
     ({"spacing": "even"}, r"spacing must be one of leading, .*, got 'even'"),
     ({"spacing": [1.0, 2.0]}, r"spacing must"),
+    ({"spacing": [1.0]}, r"spacing must have steps \+ 1 = 2 noise levels, got"),
+    ({"guidance": 10**400}, r"guidance must be a finite number, got 1000"),
+    ({"guidance": "pag(2, 3)"}, r"layers must be names such as 'mid_block', got 3"),
+    ({"exact": False}, r"exact needs image, the picture to start from, got none"),
+    ({"exact": "no"}, r"exact must be True or False, got 'no'"),
+    ({"prompt": None, "image": [Image.new("RGB", (8, 8))] * 2}, r"prompt must be a text or a list of texts, got None"),
+    ({"prompt": ["a"] * 10_001}, r"prompt must be at most 10,000 texts, got 10,001"),
+    ({"prompt": "([" * 7000 + "a" + ":0])" * 7000}, r"prompt must have weights from -1000 to 1000, got .* of 'a'"),
     ({"spacing": 3}, r"spacing must be .*, got 3"),
     ({"seed": 2**64}, r"seed must be an integer from 0 to 18446744073709551615, got 18446744073709551616"),
     ({"seed": -2}, r"seed must be .*, got -2"),
@@ -419,6 +493,46 @@ def test_a_stage_that_overflows_runs_again_in_float32(tiny_parts, stage):
         image = pipe("a cat", seed=1, **FEW)[0]
     assert np.abs(pixels(image) - pixels(good)).mean() < 4
     assert pipe.dtype == torch.float16  # the model itself was left alone
+
+
+def test_a_picture_that_overflows_leaves_the_others_of_its_batch_as_they_are(tiny_parts):
+    parts = tiny_parts()
+    pipe = overflowing(parts, "text encoder")
+    parts.text_encoders[0].float()._forward_hooks.clear()
+    alone = [pipe("a cat", seed=k, **FEW)[0] for k in (1, 3)]
+    calls = []
+
+    def poison(module, args, output):
+        calls.append(output.dtype)
+        if output.dtype == torch.float16 and len(calls) % 3 == 2:  # a CPU takes one picture at a time
+            output[..., 0] = torch.inf
+
+    parts.unet.register_forward_hook(poison)
+    with pytest.warns(UserWarning, match="the U-Net gave NaN or infinity"):
+        batch = pipe("a cat", seed=1, n=3, **FEW)
+    assert same(batch[0], alone[0])
+    assert same(batch[2], alone[1])
+    good = of_parts(tiny_parts())("a cat", seed=2, **FEW)[0]
+    assert np.abs(pixels(batch[1]) - pixels(good)).mean() < 4
+
+
+def test_a_photo_that_overflows_leaves_the_others_of_its_batch_as_they_are(tiny_parts):
+    parts = tiny_parts()
+    parts.vae.half()
+    photos = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pipe, calls = of_parts(parts), []
+    alone = pipe.encode(photos[:1])
+
+    def poison(module, args, output):
+        calls.append(output.dtype)
+        if output.dtype == torch.float16 and len(calls) == 2:
+            output[..., 0] = torch.inf
+
+    parts.vae.encoder.register_forward_hook(poison)
+    with pytest.warns(UserWarning, match="the VAE gave NaN or infinity"):
+        z = pipe.encode(photos)
+    assert torch.equal(z[:1], alone)
+    assert z.isfinite().all()
 
 
 @pytest.mark.parametrize("stage", ["text encoder", "U-Net", "VAE"])

@@ -14,6 +14,8 @@ from latentdiff.conditioning import TextEncoder
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.rules import autoguidance, cfg, interval, pag
 from latentdiff.images import parse_parameters
+from latentdiff.models.caching import Cached
+from latentdiff.models.unet import UNet
 from latentdiff.pipeline import Pipeline
 from latentdiff.prompts import SYNTAXES
 
@@ -135,6 +137,33 @@ def test_schedules_work_with_every_kind_of_sampler(tiny_pipe, sampler):
     assert not torch.equal(cat[-1], changed[-1])
 
 
+def test_a_run_of_no_steps_says_nothing(tiny_pipe):
+    """img2img so weak that no step is left: the picture comes back, whatever the prompt, and no text is read."""
+    photo = tiny_pipe("a dog", **FEW)[0]
+    blind = replace(tiny_pipe, text=None)
+    for options in ({"strength": 0}, {"strength": 0.1, "exact": False}):
+        made = blind("a [cat|dog]", negative="[x|y]", image=photo, **options, **FEW)[0]
+        assert same(made, photo)
+
+
+def test_keys_and_values_are_made_once_a_text(tiny_pipe, monkeypatch):
+    """Not once a step, nor once a picture; and anew for each call, since weights may have changed."""
+    made, project = [], UNet.project_context
+    monkeypatch.setattr(UNet, "project_context", lambda unet, context: made.append(len(context)) or project(unet, context))
+    few = {"seed": 3, "progress": False}
+    alone = [tiny_pipe("a [cat|dog]", seed=3 + k, steps=6, progress=False)[0] for k in range(3)]
+    assert made == [2, 2] * 3
+    made.clear()
+    assert all(map(same, alone, tiny_pipe("a [cat|dog]", n=3, steps=6, **few)))
+    assert made == [2, 2]
+    made.clear()
+    tiny_pipe(["a cat", "a dog", "a cat"], n=2, steps=1, batch=2, **few)
+    assert made == [4, 4]
+    made.clear()
+    tiny_pipe("a cat", n=8, steps=2, guidance=autoguidance(tiny_pipe.denoiser(), 2.0), **few)
+    assert made == [1, 1]
+
+
 # -- AND --
 
 
@@ -225,6 +254,15 @@ def test_autoguidance_by_another_pipeline(tiny_parts, tiny_pipe):
     )
 
 
+def test_autoguidance_by_a_pipeline_that_keeps_features(tiny_pipe):
+    """They are one run's; a weak model serves many."""
+    weak = replace(tiny_pipe, network=Cached(tiny_pipe.unet, 2))
+    rule = autoguidance(weak.denoiser(), 2.0)
+    first, _, again = (tiny_pipe(prompt, guidance=rule, **FEW | {"steps": 3})[0] for prompt in ("a cat", "a dog", "a cat"))
+    assert same(first, again)
+    assert near(first, tiny_pipe("a cat", guidance=1, **FEW | {"steps": 3})[0])
+
+
 def test_rules_work_on_models_that_take_a_picture(tiny_parts):
     spec = tiny_parts().spec
     pipe = of_parts(tiny_parts(unet=replace(spec.unet, in_channels=9)))
@@ -235,6 +273,23 @@ def test_rules_work_on_models_that_take_a_picture(tiny_parts):
         for rule in ("cfg(3)", "cfg(3) + pag(2) + freeu()")
     ]
     assert not any(same(a, b) for i, a in enumerate(made) for b in made[:i])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": "cfg(7.5) + pag(2)"}, "guidance must be a finite number, got 'cfg"),
+        ({"guidance": cfg(7.5)}, "guidance must be a finite number, got Rule"),
+        ({"prompt": "a cat AND a dog"}, "prompt must be a single one for a model that follows instructions"),
+        ({"rescale": 0.5}, "rescale must be 0 for this model .*, got 0.5"),
+    ],
+)
+def test_models_that_follow_instructions_refuse_rules_before_any_computing(tiny_parts, options, message):
+    pipe = replace(of_parts(tiny_parts(unet=replace(tiny_parts().spec.unet, in_channels=8))), text=None)
+    pipe.vae.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
+    pipe.vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=message):
+        pipe.stream(**{"prompt": "a cat"} | options, image=Image.new("RGB", (32, 32)))
 
 
 @pytest.mark.parametrize(
@@ -350,6 +405,8 @@ def test_a_model_that_takes_the_scale_as_input_is_not_guided_again(tiny_parts):
     assert not same(*made)
     with pytest.raises(ValueError, match="guidance must be a finite number"):
         pipe("a cat", guidance="pag(2)", **FEW)
+    with pytest.raises(ValueError, match=r"rescale must be 0 for this model .*, got 0\.5"):
+        pipe("a cat", rescale=0.5, **FEW)
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -1,18 +1,52 @@
 """Two models on one picture: where a model hands over to itself, nothing changes."""
 
+import numpy as np
 import pytest
+import torch
 
+from latentdiff.conditioning import TextEncoder
+from latentdiff.pipeline import Pipeline
 from latentdiff.refine import refine
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler_ancestral"])
-@pytest.mark.parametrize("handoff", [0.0, 0.3, 0.5, 1.0])
-def test_handing_over_to_oneself_is_one_run(tiny_pipe, sampler, handoff):
-    """Also for samplers that add noise: the second part goes on in the same row of draws."""
+@pytest.mark.parametrize(
+    ("sampler", "prompt"),
+    [
+        ("ddim", "a cat"),
+        ("ddpm", "a [cat|dog]"),
+        ("dpmpp_sde", "a cat"),
+        ("dpmpp_2m", "a [cat:dog:2]"),
+        ("heun", "a [cat:dog:0.5]"),
+    ],
+)
+@pytest.mark.parametrize("handoff", [0.0, 0.4, 1.0])
+def test_handing_over_to_oneself_is_one_run(tiny_pipe, sampler, handoff, prompt):
+    """Noise, what a sampler keeps of its last steps, and what a prompt says when, go on from the first part to the second."""
     asked = {"steps": 6, "seed": 3, "n": 2, "sampler": sampler, "progress": False}
-    one = tiny_pipe("a cat", **asked)
-    two = refine(tiny_pipe, tiny_pipe, "a cat", handoff=handoff, **asked)
+    one = tiny_pipe(prompt, **asked)
+    two = refine(tiny_pipe, tiny_pipe, prompt, handoff=handoff, **asked)
     assert [a.tobytes() for a in one] == [b.tobytes() for b in two]
+
+
+def test_the_refiner_draws_the_rest_and_decodes(tiny_pipe, tiny_parts):
+    """Its U-Net is asked at the levels below the hand-off alone, and overflows there to no harm."""
+    parts = tiny_parts()
+    text = TextEncoder(parts.text_encoders, parts.tokenizers, parts.spec)
+    refiner = Pipeline(unet=parts.unet.half(), vae=parts.vae, text=text, spec=parts.spec, title="fine")
+    calls = []
+
+    def poison(module, args, output):
+        calls.append(output.dtype)
+        if output.dtype == torch.float16:
+            output[..., 0] = torch.inf
+
+    parts.unet.register_forward_hook(poison)
+    with pytest.warns(UserWarning, match="the U-Net gave NaN or infinity in torch.float16"):
+        (made,) = refine(tiny_pipe, refiner, "a cat", handoff=0.5, steps=4, seed=3, progress=False)
+    assert calls == [torch.float16] * 2 + [torch.float32] * 2
+    (alone,) = tiny_pipe("a cat", steps=4, seed=3, progress=False)
+    assert np.abs(np.asarray(made).astype(int) - np.asarray(alone)).max() <= 1
+    assert "Refiner: fine, Refiner switch at: 0.5" in made.info["parameters"]
 
 
 def test_drawn_seeds_are_reported_and_the_same_in_both_parts(tiny_pipe):

@@ -47,7 +47,7 @@ class Denoiser:
     schedule: NoiseSchedule
     prediction: Prediction = "eps"
     dtype: torch.dtype | None = None
-    prepare: Callable[[Any], Any] | None = None  # what is done to a condition once a run: its keys and values, for this network
+    prepare: Callable[..., Any] | None = None  # (conditions of one batch) -> all of them, their keys and values made once a run
     attend: Callable[..., Tensor] | None = None  # in the place of the network's attention (models.attention.Attend)
     merge: Callable[..., Tensor] | None = None  # in the place of its concatenation of skip connections (models.unet.Merge)
 
@@ -71,21 +71,14 @@ class Denoiser:
 
         At sigma = 0 the target would be 0/0; no schedule has that level.
         """
-        sigma = self.schedule.sigmas.to(t.device)[t]
-        x = x0 + _like(sigma, x0) * eps
-        c_in = _like((sigma**2 + 1).rsqrt(), x0)
-        F = self.network((c_in * x).to(self.dtype or x0.dtype), t.float(), cond.context, cond.vector)
-        error = (F.float() - self._target(x0, eps, sigma)).square().mean((1, 2, 3))
+        levels = self.schedule.sigmas
+        root = (levels**2 + 1).sqrt()
+        sigma, c_in, c_sigma = (_like(_at(c, t), x0) for c in (levels, 1 / root, levels / root))
+        # (x0 - c_skip·x) / c_out, simplified by hand: at sigma = 1e5 the quotient would lose every digit of x0.
+        target = {"eps": eps, "x0": x0, "v": c_in * eps - c_sigma * x0}[self.prediction]
+        F = self.network((c_in * (x0 + sigma * eps)).to(self.dtype or x0.dtype), t.float(), cond.context, cond.vector)
+        error = (F.float() - target).square().mean((1, 2, 3))
         return error.mean() if weight is None else (weight * error).mean()
-
-    def _target(self, x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-        """(x0 - c_skip·x) / c_out, simplified by hand: at sigma = 1e5 the quotient would lose every digit of x0."""
-        if self.prediction == "eps":
-            return eps
-        if self.prediction == "x0":
-            return x0
-        root = (sigma**2 + 1).sqrt()
-        return _like(1 / root, x0) * eps - _like(sigma / root, x0) * x0
 
 
 def consistency(denoise: Denoise, schedule: NoiseSchedule, scaling: float = 10.0, sigma_data: float = 0.5) -> Denoise:
@@ -105,10 +98,14 @@ def consistency(denoise: Denoise, schedule: NoiseSchedule, scaling: float = 10.0
 
 def min_snr(schedule: NoiseSchedule, prediction: Prediction, t: Tensor, gamma: float = 5.0) -> Tensor:
     """Min-SNR loss weights (Hang et al., arXiv 2303.09556, eq. 6 and section 3.4), float32 [b]."""
-    snr = schedule.snr(t.cpu()).to(t.device)
+    snr = schedule.snr(torch.arange(len(schedule)))
     capped = snr.clamp(max=gamma)
-    weight = {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}[prediction]
-    return weight.float()
+    return _at({"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}[prediction], t)
+
+
+def _at(table: Float[Tensor, " T"], t: Tensor) -> Float[Tensor, " b"]:
+    """A float64 table's entries at t, in float32 on t's device: not every device has float64."""
+    return table.float().to(t.device)[t]
 
 
 def _like(c: Tensor, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,9 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoise, Denoiser
-from latentdiff.diffusion.rules import NEGATIVE, PROMPT, Latents, Rule, View, cfg, cfg_rescale, rule
-
-__all__ = ["Rule", "cfg", "cfg_rescale", "guided", "rule", "scheduled"]
+from latentdiff.diffusion.rules import NEGATIVE, PROMPT, Latents, Rule, View
 
 
 def guided(denoiser: Denoiser, cond, uncond=None, rule: Rule | None = None) -> Denoise:
@@ -30,19 +29,18 @@ def guided(denoiser: Denoiser, cond, uncond=None, rule: Rule | None = None) -> D
     rule = rule or Rule("cfg(1)")
     if uncond is None and (not lone or any(view.negative for term in rule.terms for view in term.needs)):
         raise ValueError(f"uncond must be given: {rule.text if lone else 'a sum of prompts'} compares with the negative prompt")
-    if rule.merge:
-        denoiser = replace(denoiser, merge=rule.merge)
     always = (PROMPT,) if lone else (PROMPT, NEGATIVE)
-    evaluators: dict[tuple[View, ...], Callable[[Latents, Tensor], list[Latents]]] = {}
+    evaluators: dict[Any, Callable[[Latents, Tensor], list[Latents]]] = {}
 
     def denoise(x: Latents, sigma: Tensor) -> Latents:
         terms = rule.at(float(sigma))
         views = tuple(dict.fromkeys([*always, *(view for term in terms for view in term.needs)]))
         slots = [(view, c) for view in views for c in ([uncond] if view.negative else [c for c, _ in parts])]
-        if views not in evaluators:
-            evaluators[views] = _evaluator(denoiser, slots)
+        merge = next((term.merge for term in terms if term.merge), None)
+        if (views, merge) not in evaluators:
+            evaluators[views, merge] = _evaluator(replace(denoiser, merge=merge) if merge else denoiser, slots)
         seen: dict[View, list[Latents]] = {view: [] for view in views}
-        for (view, _), x0 in zip(slots, evaluators[views](x, sigma), strict=True):
+        for (view, _), x0 in zip(slots, evaluators[views, merge](x, sigma), strict=True):
             seen[view].append(x0)
         negative = seen.get(NEGATIVE, [None])[0]
         weights = [weight for _, weight in parts]
@@ -67,12 +65,11 @@ def _evaluator(denoiser: Denoiser, slots: list[tuple[View, Any]]) -> Callable[[L
     calls = []
     for model in models:
         own = [k for k, (view, _) in enumerate(slots) if (view.model or denoiser) is model]
-        joined = slots[own[0]][1]
-        for k in own[1:]:
-            joined = joined.join(slots[k][1])
+        conds = [slots[k][1] for k in own]
         blind = [slots[k][0].blind for k in own]
         with_seams = replace(model, attend=_blinded(model.attend or _sdpa, blind)) if any(blind) else model
-        calls.append((with_seams, model.prepare(joined) if model.prepare else joined, own))
+        cond = model.prepare(*conds) if model.prepare else reduce(lambda all, c: all.join(c), conds)
+        calls.append((with_seams, cond, own))
 
     def evaluate(x: Latents, sigma: Tensor) -> list[Latents]:
         out: list[Any] = [None] * len(slots)
@@ -105,7 +102,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:
 def scheduled(sigmas: Float[Tensor, " steps+1"], parts: Sequence[tuple[int, Denoise]]) -> Denoise:
     """One Denoise for each part of a run: (the number of the step with which it ends, denoise), the last at the end of the grid.
 
-    A level between those of the grid belongs to the step that passes it.
+    A level between those of the grid belongs to the step that passes it, and one of the grid to the step that begins there, also
+    where a sampler (`heun`) looks ahead to it.
     """
     levels = sigmas.tolist()
 

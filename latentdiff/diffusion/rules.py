@@ -45,40 +45,42 @@ Estimates = Mapping[View, Latents]
 
 @dataclass(frozen=True)
 class Term:
-    """A direction that is added to the prompt's x0 at levels low < sigma <= high. needs: the views it looks at, beside PROMPT."""
+    """What a rule does at levels low < sigma <= high: one of three things.
 
-    direction: Callable[[Estimates], Latents]
-    needs: tuple[View, ...]
+    direction: what is added to the prompt's x0; needs: the views that it looks at, beside PROMPT. change: (x0, prompt) -> x0, where
+    a direction was added. merge: a seam of the network (models.unet.Merge).
+    """
+
+    direction: Callable[[Estimates], Latents] | None = None
+    needs: tuple[View, ...] = ()
+    change: Callable[[Latents, Latents], Latents] | None = None
+    merge: Callable[..., Tensor] | None = None
     low: float = 0.0
     high: float = math.inf
 
 
 @dataclass(frozen=True)
 class Rule:
-    """x0 = prompt + sum of the terms that act at this level; if any does, each of `after` is applied to (x0, prompt).
-
-    text: the rule as it is written, which `rule` reads back. merge: a seam of the network (models.unet.Merge).
-    """
+    """x0 = prompt + sum of the directions that act at this level, and then the changes. text: the rule as `rule` reads it back."""
 
     text: str
     terms: tuple[Term, ...] = ()
-    after: tuple[Callable[[Latents, Latents], Latents], ...] = ()
-    merge: Callable[..., Tensor] | None = None
 
     def __add__(self, other: Rule) -> Rule:
-        text = f"{self.text} + {other.text}"
-        if self.merge and other.merge:
+        text, terms = f"{self.text} + {other.text}", self.terms + other.terms
+        if sum(term.merge is not None for term in terms) > 1:
             raise ValueError(f"guidance must change the skip connections once, got {text}")
-        return Rule(text, self.terms + other.terms, self.after + other.after, self.merge or other.merge)
+        return Rule(text, terms)
 
     def at(self, sigma: float) -> tuple[Term, ...]:
         return tuple(term for term in self.terms if term.low < sigma <= term.high)
 
     def combine(self, x0: Estimates, terms: Sequence[Term]) -> Latents:
         out = x0[PROMPT]
-        for term in terms:
-            out = out + term.direction(x0)
-        for change in self.after if terms else ():
+        directions = [term.direction for term in terms if term.direction]
+        for direction in directions:
+            out = out + direction(x0)
+        for change in [term.change for term in terms if term.change] if directions else ():
             out = change(out, x0[PROMPT])
         return out
 
@@ -134,6 +136,9 @@ def pag(scale: float, *layers: str) -> Rule:
     Costs one more estimate, less a little attention. It sharpens structure, also without any prompt.
     """
     _check("scale", scale)
+    for layer in layers:
+        if not isinstance(layer, str):
+            raise ValueError(f"layers must be names such as 'mid_block', got {layer!r}")
     view = View(blind=layers or ("mid_block",))
     return Rule(_text("pag", scale, *layers), (Term(lambda x0: scale * (x0[PROMPT] - x0[view]), (view,)),))
 
@@ -146,7 +151,7 @@ def interval(rule: Rule, low: float, high: float) -> Rule:
     _check("low", low, least=0.0)
     _check("high", high, least=low, finite=False)
     terms = tuple(replace(term, low=max(term.low, low), high=min(term.high, high)) for term in rule.terms)
-    return replace(rule, text=_text("interval", rule, low, high), terms=terms)
+    return Rule(_text("interval", rule, low, high), terms)
 
 
 def rescale(phi: float = 0.7) -> Rule:
@@ -160,7 +165,7 @@ def rescale(phi: float = 0.7) -> Rule:
         dims = tuple(range(1, x0.ndim))
         return phi * x0 * (prompt.std(dims, keepdim=True) / x0.std(dims, keepdim=True)) + (1 - phi) * x0
 
-    return Rule(_text("rescale", phi), after=(change,))
+    return Rule(_text("rescale", phi), (Term(change=change),))
 
 
 def threshold(share: float = 0.995) -> Rule:
@@ -176,7 +181,7 @@ def threshold(share: float = 0.995) -> Rule:
         own, aim = (q.reshape(-1, *[1] * (x0.ndim - 1)) for q in (torch.maximum(own, aim), aim))
         return x0.clamp(-own, own) * (aim / own)
 
-    return Rule(_text("threshold", share), after=(change,))
+    return Rule(_text("threshold", share), (Term(change=change),))
 
 
 def freeu(b1: float = 1.5, b2: float = 1.6, s1: float = 0.9, s2: float = 0.2) -> Rule:
@@ -195,7 +200,7 @@ def freeu(b1: float = 1.5, b2: float = 1.6, s1: float = 0.9, s2: float = 0.2) ->
             x, skip = torch.cat([b * x[:, :half], x[:, half:]], dim=1), _scale_low_frequencies(skip, s)
         return torch.cat([x, skip], dim=1)
 
-    return Rule(_text("freeu", b1, b2, s1, s2), merge=merge)
+    return Rule(_text("freeu", b1, b2, s1, s2), (Term(merge=merge),))
 
 
 def _scale_low_frequencies(x: Tensor, s: float) -> Tensor:
@@ -204,11 +209,6 @@ def _scale_low_frequencies(x: Tensor, s: float) -> Tensor:
     mask = torch.ones(x.shape[-2:], device=x.device)
     mask[[0, 0, -1, -1], [0, -1, 0, -1]] = s
     return torch.fft.ifft2(spectrum * mask).real.to(x.dtype)
-
-
-def cfg_rescale(scale: float, phi: float = 0.7) -> Rule:
-    """cfg(scale) + rescale(phi)."""
-    return cfg(scale) + rescale(phi)
 
 
 RULES: dict[str, Callable[..., Rule]] = {
@@ -270,8 +270,11 @@ def _argument(value: float | str | Rule) -> str:
 
 
 def _check(name: str, value: float, *, least: float = -math.inf, most: float = math.inf, finite: bool = True) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or math.isnan(value) or (finite and math.isinf(value)) or not least <= value <= most:
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.nan
+    if math.isnan(number) or (finite and math.isinf(number)) or not least <= number <= most:
         allowed = (
             "a finite number"
             if least == -math.inf
@@ -279,4 +282,4 @@ def _check(name: str, value: float, *, least: float = -math.inf, most: float = m
             if most == math.inf
             else f"from {least:g} to {most:g}"
         )
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {value!r:.100}")

@@ -62,7 +62,8 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
     "tcd": tcd,
 }
 
-SAME = {"euler": "ddim", "euler_ancestral": "ddpm"}  # one rule under two names: what is measured of the one holds for the other
+DISTILLED = {"lcm": "lcm", "tcd": "lcm"}  # the spacing of samplers that are good for distilled models alone
+SAME = {"euler": "ddim", "euler_ancestral": "ddpm"}  # one rule under two names: on one grid what is measured of one holds for both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +127,15 @@ def _key(name: str) -> str:
 def resolve(name: str) -> tuple[str, str | None]:
     """The sampler that a name means, and the spacing if the name says one: "DPM++ 2M Karras" is ("dpmpp_2m", "karras").
 
-    Names of A1111, k-diffusion, ComfyUI and diffusers' classes are understood; "Automatic" behind one asks for no spacing. Raises
-    ValueError for any other.
+    Names of A1111, k-diffusion, ComfyUI and diffusers' classes are understood; "Automatic" behind one asks for no spacing. LCM and
+    TCD alone say the one that their models were distilled on. Raises ValueError for any other.
     """
     names = {_key(also): key for key, facts in FACTS.items() for also in (key, *facts.also)}
     key = _key(name).removesuffix("automatic") if isinstance(name, str) else ""
     for cut in range(len(key), 0, -1):
         sampler, spacing = names.get(key[:cut]), spacing_named(key[cut:])
         if sampler and (spacing or cut == len(key)):
-            return sampler, spacing
+            return sampler, spacing or DISTILLED.get(sampler)
     near = difflib.get_close_matches(key, names, n=1)
     hint = f"; did you mean {names[near[0]]}?" if near else ""
     raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}{hint}")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff.diffusion.denoiser import Denoiser, min_snr, scalings
 from latentdiff.diffusion.schedules import linear, scaled_linear, zero_snr
@@ -76,6 +77,25 @@ def test_the_loss_is_zero_for_the_network_that_knows(kind, cond, noise):
     answer = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[kind]
     denoiser = Denoiser(lambda *_: answer, schedule, kind)
     assert denoiser.loss(x0, cond(0, 2), eps, t).item() < 1e-12
+
+
+class NoFloat64(TorchDispatchMode):
+    """The meta device as one without float64, such as Apple's."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        assert not (out.device.type == "meta" and out.dtype == torch.float64), operation
+        return out
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_training_needs_no_float64_on_the_device(kind, cond):
+    schedule = scaled_linear()
+    x0, t = torch.empty(2, 4, 3, 3, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    with NoFloat64():
+        weight = min_snr(schedule, kind, t)
+        loss = Denoiser(lambda x, *_: x, schedule, kind).loss(x0, cond(0, 2), x0, t, weight)
+    assert (loss.device.type, loss.dtype, weight.dtype) == ("meta", torch.float32, torch.float32)
 
 
 def test_the_network_gets_its_own_dtype_and_the_state_keeps_its(cond, noise):

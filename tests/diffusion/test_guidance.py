@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from latentdiff.diffusion.rules import (
     apg,
     autoguidance,
     cfg,
-    cfg_rescale,
     freeu,
     interval,
     pag,
@@ -125,11 +125,11 @@ def test_a_missing_negative_is_named(bad, network, cond):
 
 def test_conditions_are_prepared_once_for_each_model(network, cond, noise):
     prepared = []
-    denoiser = Denoiser(network, linear(), prepare=lambda c: prepared.append(len(c.context)) or c)
+    denoiser = Denoiser(network, linear(), prepare=lambda *c: prepared.append(len(c)) or reduce(lambda a, b: a.join(b), c))
     denoise = guided(denoiser, cond(1.0, 2), cond(0.0, 2), interval(cfg(3.0), 1.0, 5.0))
     for sigma in (4.0, 3.0, 2.0, 0.5, 0.4):
         denoise(noise(2, 4, 2, 2), torch.tensor(sigma))
-    assert prepared == [4, 2]
+    assert prepared == [2, 1]
 
 
 def test_a_schedule_changes_the_prompt_after_its_step():
@@ -152,7 +152,7 @@ def test_cfg_is_the_papers(noise):
 def test_rescale_is_eq_14_to_16(noise):
     x0, phi = estimates(noise), 0.7
     plain = combined(cfg(7.5), x0)
-    got = combined(cfg_rescale(7.5, phi), x0)
+    got = combined(cfg(7.5) + rescale(phi), x0)
     for k in range(2):
         rescaled = plain[k] * (x0[PROMPT][k].std() / plain[k].std())
         torch.testing.assert_close(got[k], phi * rescaled + (1 - phi) * plain[k], rtol=1e-12, atol=1e-12)
@@ -260,7 +260,7 @@ def test_pag_leaves_another_attention_in_place(unet, prompt, noise):
 
 def test_freeu_against_diffusers(noise):
     apply_freeu = pytest.importorskip("diffusers.utils.torch_utils").apply_freeu
-    merge = freeu(1.5, 1.6, 0.9, 0.2).merge
+    merge = freeu(1.5, 1.6, 0.9, 0.2).terms[0].merge
     for block, (h, w) in itertools.product(range(3), ((8, 8), (6, 10), (1, 3), (2, 2))):
         x, skip = noise(2, 6, h, w).float(), noise(2, 4, h, w, seed=1).float()
         expected = torch.cat(apply_freeu(block, x.clone(), skip.clone(), s1=0.9, s2=0.2, b1=1.5, b2=1.6), dim=1)
@@ -275,6 +275,20 @@ def test_freeu_changes_the_network_and_nothing_at_ones(unet, prompt, noise):
     torch.testing.assert_close(guided(denoiser, prompt(1), None, freeu(1, 1, 1, 1))(x, SIGMA), plain, rtol=1e-5, atol=1e-5)
     assert (guided(denoiser, prompt(1), None, freeu())(x, SIGMA) - plain).abs().max() > 1e-3
     assert torch.equal(guided(denoiser, prompt(1))(x, SIGMA), plain)
+
+
+def test_an_interval_limits_all_that_a_rule_does(unet, prompt, noise):
+    """Also what it does to the sum, and to the network."""
+    x, denoiser = noise(2, 4, 8, 8), Denoiser(unet, linear())
+    for limited in (freeu(), rescale(0.9), threshold(0.9)):
+        plain, within, everywhere = (
+            guided(denoiser, prompt(1), prompt(2), rule)
+            for rule in (cfg(5.0), cfg(5.0) + interval(limited, 1.0, 5.0), cfg(5.0) + limited)
+        )
+        for sigma, inside in ((8.0, False), (2.0, True), (0.5, False), (2.0, True)):
+            sigma = torch.tensor(sigma)
+            assert torch.equal(within(x, sigma), (everywhere if inside else plain)(x, sigma))
+            assert not torch.equal(everywhere(x, sigma), plain(x, sigma))
 
 
 def test_rules_add_their_directions(unet, prompt, noise):
@@ -333,14 +347,18 @@ def test_defaults_and_numbers_are_written_out():
     assert rule(" 3 ").text == "cfg(3)"
     assert rule("apg(7.5)").text == "apg(7.5, 0, inf)"
     assert rule("rescale()").text == "rescale(0.7)"
-    assert cfg_rescale(5.0).text == "cfg(5) + rescale(0.7)"
+    assert (cfg(5.0) + rescale()).text == "cfg(5) + rescale(0.7)"
 
 
 BAD_TEXTS = """cfg; cfg(); cfg(1, 2); cfg(nan); cfg(inf); cfg('a'); cfg(7; cfg(scale=3); cfg(cfg(3)); cfg(True); pag(2) - cfg(3);
-__import__('os'); interval(3, 0, 1); interval(cfg(3), 5, 1); freeu() + freeu(); 2 + 3; lambda: 0; threshold(1.5); [7.5]; cfg.x(3)"""
+__import__('os'); interval(3, 0, 1); interval(cfg(3), 5, 1); freeu() + freeu(); 2 + 3; lambda: 0; threshold(1.5); [7.5]; cfg.x(3);
+pag(2, 3)"""
+HUGE = "1" + "0" * 400
 
 
-@pytest.mark.parametrize("text", ["", "(" * 5000, *BAD_TEXTS.replace("\n", " ").split("; ")])
+@pytest.mark.parametrize(
+    "text", ["", "(" * 5000, HUGE, f"cfg({HUGE})", f"apg(2, 0, {HUGE})", *BAD_TEXTS.replace("\n", " ").split("; ")]
+)
 def test_a_bad_rule_is_named(text):
     with pytest.raises(ValueError, match="guidance must be"):
         rule(text)
@@ -377,6 +395,8 @@ def test_any_text_is_a_rule_or_a_value_error(text):
         (lambda: interval(cfg(3), -1.0, 1.0), "low must be at least 0, got -1.0"),
         (lambda: threshold(2.0), "share must be from 0 to 1, got 2.0"),
         (lambda: apg(3.0, norm=-1), "norm must be at least 0, got -1"),
+        (lambda: cfg(10**400), "guidance must be a finite number, got 1000"),
+        (lambda: pag(2.0, 3), "layers must be names such as 'mid_block', got 3"),
     ],
 )
 def test_bad_numbers_are_named(make, message):

@@ -115,9 +115,9 @@ def test_the_printed_table_has_a_line_for_each():
         ("DEIS beta", ("deis", "beta")),
         ("EulerAncestralDiscreteScheduler", ("euler_ancestral", None)),
         ("DPMSolverMultistepScheduler", ("dpmpp_2m", None)),
-        ("LCM", ("lcm", None)),
-        ("TCD", ("tcd", None)),
-        *((name, (name, None)) for name in SAMPLERS),
+        ("LCM", ("lcm", "lcm")),
+        ("TCD", ("tcd", "lcm")),
+        *((name, (name, "lcm" if name in ("lcm", "tcd") else None)) for name in SAMPLERS),
         *((f"{name} {spacing}", (name, spacing)) for name, spacing in itertools.product(SAMPLERS, SPACINGS) if spacing != "lcm"),
     ],
 )
