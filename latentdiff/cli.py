@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,17 +40,15 @@ DType = Literal["float32", "float16", "bfloat16"]
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. What goes wrong is one line on stderr and exit code 2; with --debug, the traceback."""
     given = list(sys.argv[1:] if argv is None else argv)
-    tokens = [token for token in given if token != "--debug"]
-    if "--debug" in given:
-        app(tokens)
-        return
-    warnings.showwarning = lambda message, *_: print(f"latentdiff: {message}", file=sys.stderr)
+    debug = "--debug" in given
+    if not debug:
+        warnings.showwarning = lambda message, *_: print(f"latentdiff: {message}", file=sys.stderr)
     try:
-        code = app(tokens)
+        code = app([token for token in given if token != "--debug"])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not is_expected(error):
+        if debug or not is_expected(error):
             raise
         print(f"latentdiff: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -109,7 +108,8 @@ def generate(
     prompts
         What to draw; several texts make several pictures.
     out
-        File (.png, .jpg, .webp; several pictures get -1, -2, …) or folder/ (files are called after prompt and seed).
+        File (.png, .jpg, .webp; several pictures get -1, -2, …; what has the name is replaced) or folder/ (files are called after
+        prompt and seed; none is replaced).
     n
         Pictures of each prompt; picture k has seed + k.
     prompts_file
@@ -143,9 +143,9 @@ def generate(
     grid
         Write one picture that shows all of them.
     labels
-        Write the prompt under each picture of the grid.
+        With --grid: write the prompt under each picture.
     columns
-        Columns of the grid.
+        With --grid: columns, at most.
     device
         cpu, cuda, mps, …; without it, the best that there is.
     dtype
@@ -186,11 +186,12 @@ def generate(
     }
     options = {name: value for name, value in options.items() if value is not None}
     if recipe is not None:
-        options = recalled(recipe) | options
+        options = recalled(recipe, pictured=False) | options
     if "prompt" not in options:
         raise ValueError('prompts must be at least one text, such as latentdiff generate "a cat", got none')
-    check_out(out, grid)
-
+    check_grid(out, grid, labels, columns)
+    texts = 1 if isinstance(options["prompt"], str) else len(options["prompt"])
+    check_out(out, 1 if grid else n * texts, [recipe, prompts_file])
     if handoff is not None and refiner is None:
         raise ValueError(f"handoff needs refiner, the model that takes over, got handoff {handoff} alone")
 
@@ -215,9 +216,10 @@ def generate(
 @app.command
 def edit(
     *photos: Path,
-    to: str,
+    to: str | None = None,
     source: Annotated[str | None, Parameter(name="--from")] = None,
     out: Annotated[str, Parameter(alias="-o")] = "./",
+    recipe: Path | None = None,
     model: Annotated[str | None, Parameter(alias="-m")] = None,
     method: Literal["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-prompt"] | None = None,
     strength: float | None = None,
@@ -251,7 +253,9 @@ def edit(
     source
         What they show now.
     out
-        File, or folder/ (files are called after words and seed).
+        File (what has the name is replaced), or folder/ (files are called after words and seed; none is replaced).
+    recipe
+        A PNG that was made from another picture: do the same again. Options given beside it change the recipe.
     model
         A file, a folder or a hub id (owner/name). Without it, the embedded model.
     method
@@ -295,6 +299,9 @@ def edit(
     quiet
         No progress bar.
     """
+    known: dict[str, Any] = {} if recipe is None else recalled(recipe, pictured=True)
+    prompt, old = known.pop("prompt", None), known.pop("source", None)
+    to, source = prompt if to is None else to, old if source is None else source
     both = {"strength": strength, "mask": mask, "blur": blur, "negative": negative, "guidance": guidance, "steps": steps}
     both |= {"seed": seed, "size": None if size is None else sides(size)}
     told = {"method": method, "cross": cross, "self_attention": self_attention, "words": words, "region": region}
@@ -305,13 +312,20 @@ def edit(
             raise ValueError(f"{name} works {'without' if source is not None else 'only with'} --from, got {value!r}")
     if not photos:
         raise ValueError("photos must be at least one picture, got none")
-    check_out(out, False)
-    options = {name: value for name, value in (both | told | plain).items() if value is not None}
+    if to is None:
+        raise ValueError('to must be what the pictures should show, such as --to "a dog", got none')
+    check_out(out, len(photos), [*photos, mask, recipe], sheet)
 
     from latentdiff.editing import sheet as sheet_of
     from latentdiff.images import open_picture, save_image
     from latentdiff.loading import load
+    from latentdiff.pipeline import Pipeline
 
+    takes = signature(Pipeline.__call__ if source is None else Pipeline.edit).parameters
+    for name in known.keys() - takes.keys():
+        way = "without" if source is None else "with"
+        raise ValueError(f"recipe must be of an edit {way} --from, got {recipe}, which has {name}")
+    options = known | {name: value for name, value in (both | told | plain).items() if value is not None}
     before = [open_picture(photo) for photo in photos]
     pipe = load(model, device=device, dtype=dtype)
     if source is None:
@@ -469,7 +483,7 @@ def read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"prompts-file must be a text file in UTF-8, got {path}") from None
     found = [line.strip() for line in lines if line.strip()]
@@ -501,11 +515,14 @@ def sides(size: str) -> int | tuple[int, int]:
         raise ValueError(f"size must be a side or WIDTHxHEIGHT in pixels, such as 512 or 512x768, got {size!r}") from None
 
 
-def recalled(path: Path) -> dict[str, Any]:
-    """The recipe of a PNG; what it says beyond is shown, since it will not be followed."""
-    from latentdiff.images import read_parameters
+def recalled(path: Path, *, pictured: bool) -> dict[str, Any]:
+    """The recipe of a PNG, pictured: one made from a picture. What it says beyond is shown, since it will not be followed."""
+    from latentdiff.images import PHOTO, read_parameters
 
     recipe, others = read_parameters(path)
+    if (PHOTO in others) != pictured:
+        made_from, command = ("text alone", "generate") if pictured else ("another picture", "edit PHOTO")
+        raise ValueError(f"recipe must be one for this command, got {path}, made from {made_from}: latentdiff {command} --recipe")
     made_by = ", ".join(f"{name}: {value}" for name, value in others.items())
     print(f"latentdiff: recipe of {path}{f' ({made_by})' if made_by else ''}", file=sys.stderr)
     return recipe
@@ -517,14 +534,29 @@ def recipe_of(image: Any) -> dict[str, Any]:
     return parse_parameters(image.info["parameters"])[0]
 
 
-def check_out(out: str, grid: bool) -> None:
-    """Before the work, not after it: a name that no picture can be written to."""
-    from latentdiff.images import check_suffix, is_folder
+def check_grid(out: str, grid: bool, labels: bool, columns: int | None) -> None:
+    """Before the work, not after it: what no grid can be made of."""
+    from latentdiff.images import check_columns, is_folder
 
+    check_columns(columns)
+    if not grid and (labels or columns is not None):
+        raise ValueError(f"{'labels' if labels else 'columns'} needs --grid, which makes one picture of all, got none")
     if grid and is_folder(out):
         raise ValueError(f"out must be a file, such as grid.png, where --grid makes one picture, got {out!r}")
-    if not is_folder(out):
-        check_suffix(Path(out))
+
+
+def check_out(out: str, n: int, inputs: Iterable[Path | None], sheet: Path | None = None) -> None:
+    """Before the work, not after it: names that the n pictures cannot be written to, or where they would replace what is read."""
+    from latentdiff.images import check_inputs, check_suffix, file_names, is_folder
+    from latentdiff.request import MAX_PICTURES
+
+    targets = [] if is_folder(out) else file_names(Path(out), min(n, MAX_PICTURES))  # more are refused with the other arguments
+    if sheet is not None:
+        check_suffix(sheet)
+        if sheet in targets:
+            raise ValueError(f"sheet must be another file than out, got {str(sheet)!r}")
+        targets.append(sheet)
+    check_inputs(targets, [path for path in inputs if path is not None])
 
 
 def write_grid(images: Any, out: str, columns: int | None, labels: bool) -> None:

@@ -18,7 +18,7 @@ from latentdiff.checkpoints.io import read_folder
 from latentdiff.loading import best_device, best_dtype, embedded
 
 NEEDED = ("torch", "transformers", "open_clip_torch", "einops", "safetensors", "pillow", "tokenizers")
-OPTIONAL = {"accelerate": "train", "resvg-py": "train", "tensorboard": "tensorboard", "scipy": "eval", "diffusers": "test"}
+OPTIONAL = {"accelerate": "train", "resvg-py": "train", "tensorboard": "tensorboard", "matplotlib": "eval", "diffusers": "test"}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ change. Source and target always run side by side, so each edit also says how we
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -31,7 +30,7 @@ from latentdiff.images import Images, Picture
 from latentdiff.inversion import Inversion
 from latentdiff.models.attention import Attend, sdpa
 from latentdiff.models.unet import UNet
-from latentdiff.origin import Canvas, Given, begun, canvas, fingerprint, listed, shortened
+from latentdiff.origin import Canvas, Given, begun, canvas, listed, shortened
 from latentdiff.request import Request, number, shown
 
 if TYPE_CHECKING:
@@ -136,11 +135,12 @@ def plan(
                 raise ValueError(f"{name} must be None: only the method prompt-to-prompt has it, got {shown(value)}")
     if method == "img2img" and (region or weights):
         raise ValueError(f"{'region' if region else 'weights'} must be None for the method img2img, which controls no words")
-    if words is not None:
-        chosen("words", words, get_args(p2p.Way))
+    for name, value, allowed in (("inversion", inversion, Finder), ("words", words, p2p.Way)):
+        if value is not None:
+            chosen(name, value, get_args(allowed))
     if not isinstance(weights, Mapping | None):
         raise ValueError(f"weights must be a dictionary of words and factors, got {shown(weights)}")
-    finder = chosen("inversion", inversion or ("edit-friendly" if method == "prompt-to-prompt" else method), STRENGTHS)
+    finder = inversion or ("edit-friendly" if method == "prompt-to-prompt" else method)
     common: dict[str, Any] = dict(
         method=method,
         inversion=finder,
@@ -203,8 +203,7 @@ class Edited:
     def marks(self, k: int) -> dict[str, str]:
         if self.canvas is None:
             return {images.PHOTO: "none"}
-        mask = {} if self.canvas.mask is None else {"Mask": fingerprint(self.canvas.mask)}
-        return {images.PHOTO: fingerprint(self.canvas.photo)} | mask
+        return self.canvas.marks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -228,9 +227,9 @@ def edit(
     photo: Picture | Sequence[Picture] | None,
     plans: Sequence[Plan],
     *,
-    mask: Picture | None,
+    mask: Picture | Sequence[Picture] | None,
     blur: int,
-    negative: str | None,
+    negative: str | Sequence[str] | None,
     steps: int | None,
     spacing: str | Sequence[float] | None,
     seed: int | None,
@@ -240,15 +239,14 @@ def edit(
 ) -> Edits:
     """`Pipeline.edit`, its plans checked: every picture and word is looked at before anything is computed."""
     check_model(pipe)
-    method = plans[0].method
-    if photo is None and (mask is not None or method != "prompt-to-prompt"):
-        raise ValueError(f"photo must be given for {'mask' if mask is not None else method}; without, prompt-to-prompt alone works")
-    photos: list[Picture | None] = [None] if photo is None else list(listed("photo", photo))
-    works = [
-        None if p is None else canvas(p, mask, native=pipe.spec.size, factor=pipe.vae.factor, size=size, blur=blur) for p in photos
-    ]
-    pairs = matched(photo=works, **{"source and target": plans})
-    first = request.seeds(seed, len(pairs))
+    if photo is None:
+        check_unpictured(plans[0], mask=mask is not None, blur=blur != 0)
+    negatives = request.texts("negative", "" if negative is None else negative)
+    options: dict[str, Any] = {"native": pipe.spec.size, "factor": pipe.vae.factor, "size": size, "blur": blur}
+    pictures = matched(photo=listed("photo", photo) or [None], mask=listed("mask", mask) or [None])
+    works = [None if picture is None else canvas(picture, where, **options) for picture, where in pictures]
+    edits = matched(**{"photo and mask": works, "source and target": plans, "negative": negatives})
+    first = request.seeds(seed, len(edits))
     jobs = [
         Job(
             plan=plan,
@@ -258,7 +256,7 @@ def edit(
                 pipe.schedule,
                 pipe.vae.factor,
                 prompt=[plan.source, plan.target],
-                negative=negative,
+                negative=told,
                 guidance=plan.guidance,
                 rescale=0.0,
                 steps=STEPS if steps is None else steps,
@@ -272,7 +270,7 @@ def edit(
                 syntax="plain",
             ),
         )
-        for k, (work, plan) in enumerate(pairs)
+        for k, (work, plan, told) in enumerate(edits)
     ]
     for plan in plans:
         check_words(pipe, plan)
@@ -302,6 +300,15 @@ def check_model(pipe: Pipeline) -> None:
         raise ValueError(f"words need a model whose guidance is not built in to work on; {way}")
 
 
+def check_unpictured(plan: Plan, **pictured: bool) -> None:
+    """Errors: ValueError for what needs a photo, where none is given; pictured: other such arguments, whether they are given."""
+    needs = {plan.method: plan.method != "prompt-to-prompt", "inversion": plan.inversion != "edit-friendly"}
+    needs |= {"strength": plan.strength != STRENGTHS[plan.inversion], **pictured}
+    for name, given in needs.items():
+        if given:
+            raise ValueError(f"photo must be given for {name}; without, prompt-to-prompt alone works, from noise")
+
+
 def check_words(pipe: Pipeline, plan: Plan) -> None:
     """Errors: ValueError for a word of `region` in neither prompt, or of `weights` not in the target."""
     room = 10**6
@@ -325,7 +332,9 @@ def together(pipe: Pipeline, jobs: Sequence[Job], progress: bool) -> list[Done]:
 def finished(pipe: Pipeline, job: Job, result: Result) -> Done:
     """The picture of one edit, and how well its inversion rebuilt what it is made of."""
     work, settings = job.work, job.plan.settings()
-    if work is not None and work.blur:
+    if work is None:
+        settings |= {"strength": None, "inversion": None}
+    elif work.blur:
         settings["blur"] = work.blur
     after = pipe.pictures(result.new, replace(job.told(), origin=Edited(canvas=work, settings=settings)))[0]
     rebuilt = images.to_pil(pipe.decode(result.old))[0]
@@ -387,7 +396,9 @@ def sound_run(pipe: Pipeline, jobs: Sequence[Job], progress: bool) -> Result:
         conds = [(joined([t[k][0] for t in told]), joined([t[k][1] for t in told])) for k in range(2)]
         pictures = [job.work.picture() for job in jobs if job.work is not None]
         z = pipe.encode(images.to_tensor(pictures)) if pictures else None
-        return sound("U-Net", pipe.unet, lambda unet: run(pipe, unet, jobs, conds, z, progress), lambda r: finite(r.new))
+        return sound(
+            "U-Net", pipe.unet, lambda unet: run(pipe, unet, jobs, conds, z, progress), lambda r: finite(r.old) and finite(r.new)
+        )
 
 
 def run(
@@ -436,15 +447,14 @@ def region(
     new: Sequence[p2p.Words],
     sigmas: Float[Tensor, " steps+1"],
 ) -> p2p.Region | None:
-    """What the edits are kept inside of: the mask, or where some words attend; None: they may be anywhere."""
+    """What the edits are kept inside of: the masks, and where some words attend; None: they may be anywhere."""
     plan, masks = jobs[0].plan, [job.work.repaint(factor) for job in jobs if job.work is not None and job.work.mask is not None]
-    if masks:
-        return p2p.Region(words=((), ()), below=math.inf, fixed=torch.cat(masks))
-    if not plan.region:
+    if not masks and not plan.region:
         return None
     spans = [tuple(tuple(p for word in plan.region for p in words.find(word)) for words in side) for side in (old, new)]
-    below = sigmas[max(1, round(KEPT * (len(sigmas) - 1))) - 1].item()
-    return p2p.Region(words=(spans[0], spans[1]), below=below, threshold=plan.threshold)
+    below = sigmas[max(1, round(KEPT * (len(sigmas) - 1))) - 1].item() if plan.region else 0.0
+    fixed = torch.cat(masks) if masks else None
+    return p2p.Region(words=(spans[0], spans[1]), below=below, threshold=plan.threshold, fixed=fixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -524,17 +534,24 @@ def invert(
 @torch.no_grad()
 def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: float, progress: bool) -> Images:
     """`Pipeline.attention` for a request of one picture: it, and a heat map over it for each word."""
+    from latentdiff.pipeline import finite, sound
+
     check_model(pipe)
     ((cond, uncond),) = conditions(pipe, asked)
     found = p2p.words(pipe.text, asked.prompts[0], cond.tokens)
     spans = [found.span(word, "word") for word in words]
-    x = pipe.noise(asked, randn := request.randn(asked.seeds))
-    maps = [p2p.Maps((span,), x.shape[-2], x.shape[-1]) for span in spans]
-    denoise = p2p.watched(Maker(pipe, pipe.unet, pipe.times(asked.sigmas))(cond, uncond, guidance), maps)
-    sigma = asked.sigmas[-1]
-    for step in tqdm(asked.sample(denoise, x, randn), total=asked.steps, disable=not progress, unit="step", dynamic_ncols=True):
-        x, sigma = step.x, step.sigma
-    picture = pipe.pictures(x / (1 + sigma**2).sqrt(), asked)[0]
+
+    def look(unet: UNet) -> tuple[Tensor, list[p2p.Maps]]:
+        x = pipe.noise(asked, randn := request.randn(asked.seeds))
+        maps = [p2p.Maps((span,), x.shape[-2], x.shape[-1]) for span in spans]
+        denoise = p2p.watched(Maker(pipe, unet, pipe.times(asked.sigmas))(cond, uncond, guidance), maps)
+        sigma = asked.sigmas[-1]
+        for step in tqdm(asked.sample(denoise, x, randn), total=asked.steps, disable=not progress, unit="step", dynamic_ncols=True):
+            x, sigma = step.x, step.sigma
+        return x / (1 + sigma**2).sqrt(), maps
+
+    z, maps = sound("U-Net", pipe.unet, look, lambda seen: finite(seen[0]))
+    picture = pipe.pictures(z, asked)[0]
     return Images([picture, *(over(picture, m.heat()[0]) for m in maps)])
 
 

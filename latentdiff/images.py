@@ -7,13 +7,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 50_000_000  # of a picture that we open; a header that claims more is refused before anything is decoded
@@ -47,8 +48,9 @@ class Images(list[Image.Image]):
     def save(self, path: str | Path) -> list[Path]:
         """Write one file a picture, PNGs with their recipe, and return the paths.
 
-        One picture takes `path` itself; of several, number k takes `<stem>-k<suffix>`. A folder (that exists, or with a slash at
-        the end) gets `<prompt>-<seed>.png`. Errors: ValueError for a suffix that is none of SAVES.
+        One picture takes `path` itself; of several, number k takes `<stem>-k<suffix>`; files of these names are replaced. A folder
+        (that exists, or with a slash at the end) gets `<prompt>-<seed>.png`, or the next free number behind it.
+        Errors: ValueError for a suffix that is none of SAVES.
         """
         paths = names(path, self)
         for image, target in zip(self, paths, strict=True):
@@ -68,14 +70,13 @@ class Images(list[Image.Image]):
 
 
 def tile(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:
-    """All pictures in rows, on white; as square as can be unless `columns` is given. A label stands under its picture."""
+    """All pictures in rows, on white; as square as can be, or in `columns` at most. A label stands under its picture."""
     if not images:
         raise ValueError("images must hold at least one picture, got none")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns!r}")
+    check_columns(columns)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels must be one a picture ({len(images)}), got {len(labels)}")
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = max(i.width for i in images), max(i.height for i in images)
     size = max(10, width // 12)
     font, text = ImageFont.load_default(size), 0 if labels is None else math.ceil(size * 1.4)
@@ -87,6 +88,11 @@ def tile(images: Sequence[Image.Image], columns: int | None = None, labels: Sequ
         if labels is not None:
             draw.text((x + width / 2, y + height + text / 2), fitted(labels[k], font, 0.95 * width), "black", font, anchor="mm")
     return sheet
+
+
+def check_columns(columns: int | None) -> None:
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns!r}")
 
 
 def fitted(label: str, font: Any, width: float) -> str:
@@ -107,11 +113,16 @@ def names(path: str | Path, images: Sequence[Image.Image]) -> list[Path]:
     target = Path(path)
     if is_folder(path):
         return numbered([target / f"{slug(image)}.png" for image in images])
+    return file_names(target, len(images))
+
+
+def file_names(target: Path, n: int) -> list[Path]:
+    """Those of n pictures where the user named a file."""
     check_suffix(target)
-    if len(images) == 1:
+    if n == 1:
         return [target]
-    digits = len(str(len(images)))
-    return [target.with_name(f"{target.stem}-{k:0{digits}}{target.suffix}") for k in range(1, len(images) + 1)]
+    digits = len(str(n))
+    return [target.with_name(f"{target.stem}-{k:0{digits}}{target.suffix}") for k in range(1, n + 1)]
 
 
 def is_folder(path: str | Path) -> bool:
@@ -123,6 +134,14 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"path must end in {', '.join(SAVES)}, or be a folder, got {str(path)!r}")
 
 
+def check_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Errors: ValueError where a file to write is one of those that are read."""
+    there = [path for path in inputs if path.exists()]
+    for target in targets:
+        if target.exists() and any(target.samefile(path) for path in there):
+            raise ValueError(f"path must be another file than those that are read, got {str(target)!r}")
+
+
 def slug(image: Image.Image) -> str:
     """A file name from the picture's recipe: its prompt's words and its seed."""
     recipe = parse_parameters(image.info.get("parameters", ""))[0]
@@ -131,22 +150,23 @@ def slug(image: Image.Image) -> str:
 
 
 def numbered(paths: Sequence[Path]) -> list[Path]:
-    """Equal names told apart by -2, -3, …"""
-    taken: dict[Path, int] = {}
-    found = []
+    """Names told apart by -2, -3, …, from each other and from the files that are there."""
+    found: dict[Path, None] = {}
     for path in paths:
-        taken[path] = taken.get(path, 0) + 1
-        found.append(path if taken[path] == 1 else path.with_name(f"{path.stem}-{taken[path]}{path.suffix}"))
-    return found
+        free, k = path, 1
+        while free in found or free.exists():
+            free, k = path.with_name(f"{path.stem}-{k + 1}{path.suffix}"), k + 1
+        found[free] = None
+    return list(found)
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write one picture; a PNG with the `parameters` of its info. Folders on the way are made."""
+    """Write one picture with the colour profile of its info; a PNG also with the `parameters`. Folders on the way are made."""
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"PNG": {"pnginfo": png_text(image)}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
     kind = SAVES[path.suffix.lower()]
-    image.save(path, kind, **options[kind])
+    image.save(path, kind, icc_profile=image.info.get("icc_profile"), **options[kind])
 
 
 def png_text(image: Image.Image) -> PngImagePlugin.PngInfo:
@@ -162,8 +182,10 @@ def png_text(image: Image.Image) -> PngImagePlugin.PngInfo:
 def open_picture(source: Picture, mode: str = "RGB") -> Image.Image:
     """A picture that a user gives (a path, or a PIL picture), right side up, in 8 bits of `mode` ("RGB", or "L" for masks).
 
-    Transparent parts become white. Errors: FileNotFoundError; ValueError for a format not in OPENS, more than MAX_PIXELS, an
-    animation or a damaged file, all but the last before decoding.
+    Transparent parts become white, those of masks black. RGB stays in its own colour profile, which the info keeps; other colours
+    that have a profile become sRGB.
+    Errors: FileNotFoundError; ValueError for a format not in OPENS, more than MAX_PIXELS, an animation or a damaged file, all but
+    the last before decoding.
     """
     image = source if isinstance(source, Image.Image) else _open(Path(source))
     if image.width * image.height > MAX_PIXELS:
@@ -172,7 +194,7 @@ def open_picture(source: Picture, mode: str = "RGB") -> Image.Image:
         raise ValueError(f"{_name(source)}: is an animation; a still picture is needed")
     try:
         image.load()
-        return flat(ImageOps.exif_transpose(image)).convert(mode)
+        return flat(upright(image), "black").convert("L") if mode == "L" else in_rgb(upright(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{_name(source)}: the picture is damaged and cannot be read ({error})") from None
 
@@ -191,14 +213,36 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(f"{path}: the picture's header is damaged or too large ({error})") from None
 
 
-def flat(image: Image.Image) -> Image.Image:
-    """RGB in 8 bits: 16-bit greys scaled (PIL would clip them), transparency laid on white."""
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, where that can be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever PIL's parser raises on damaged EXIF; the pixels are there already
+        return image
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """On white, in RGB, with its profile. One of greys or CMYK fits no RGB: by it, where it can be read, they become sRGB."""
+    found, profile = flat(image), image.info.get("icc_profile")
+    grey = Image.getmodebase(image.mode) == "L"
+    if profile and (grey or image.mode == "CMYK"):
+        source = found.convert("L") if grey else image
+        with suppress(ImageCms.PyCMSError):
+            to_srgb = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), source.mode, "RGB")
+            found = to_srgb.apply(source)
+        profile = None
+    found.info["icc_profile"] = profile
+    return found
+
+
+def flat(image: Image.Image, ground: str = "white") -> Image.Image:
+    """RGB in 8 bits: 16-bit greys scaled (PIL would clip them), transparency laid on `ground`."""
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image, dtype=np.float64) / (257 if image.mode.startswith("I") else 1 / 255)
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba).convert("RGB")
     return image.convert("RGB")
 
 

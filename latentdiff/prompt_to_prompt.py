@@ -282,8 +282,8 @@ def resolution(n: int, height: int, width: int) -> tuple[int, int]:
 class Region:
     """Local blend: the target differs from the source only where the words of either attend (section 4.1, "Local Blend").
 
-    words: tokens of the sources and of the targets. threshold: of the summed maps, from 0 to 1. below: the level from which on it
-    is kept. fixed: masks to keep to instead.
+    words: tokens of the sources and of the targets. below: the level from which on it is kept; at 0 no words matter. threshold: of
+    the summed maps, from 0 to 1. fixed: masks to keep to as well, at every level.
     """
 
     words: tuple[tuple[Span, ...], tuple[Span, ...]]
@@ -293,7 +293,7 @@ class Region:
     maps: list[Maps] = field(default_factory=list)
 
     def look(self, which: int, x: Float[Tensor, "b c h w"]) -> Attend:
-        if self.fixed is not None:
+        if not self.below:
             return sdpa
         if not self.maps:
             self.maps += [Maps(spans, x.shape[-2], x.shape[-1]) for spans in self.words]
@@ -301,13 +301,13 @@ class Region:
 
     def mask(self) -> Float[Tensor, "b 1 h w"]:
         """1 where either's words attend, and the neighbours of such places."""
-        if self.fixed is not None:
-            return self.fixed
         hot = torch.stack([m.heat() for m in self.maps if any(m.spans)]).amax(0) > self.threshold
         return F.max_pool2d(hot.float()[:, None], 3, stride=1, padding=1)
 
     def keep(self, old: Float[Tensor, "b c h w"], new: Float[Tensor, "b c h w"], level: float) -> Float[Tensor, "b c h w"]:
-        return torch.where(self.mask().to(new.device) > 0, new, old) if level < self.below else new
+        for mask in (self.mask() if level < self.below else None, self.fixed):
+            new = new if mask is None else torch.where(mask.to(new.device) > 0, new, old)
+        return new
 
 
 def watched(denoise: Guided, maps: Sequence[Maps]) -> Denoise:

@@ -24,4 +24,5 @@ def arguments(given: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(["bench", *arguments(sys.argv[1:])])
+    sys.argv[1:] = ["bench", *arguments(sys.argv[1:])]  # which the report shows as its command
+    main()

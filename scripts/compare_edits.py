@@ -94,6 +94,8 @@ def main(
     workers
         Groups of edits at a time; without it, one a core of a CPU, and one on a GPU.
     """
+    from matplotlib.figure import Figure  # before hours of edits, not after
+
     pipe = latentdiff.load(model)
     scorer = ClipScorer.from_folder(judge or (Path(model) if model else embedded()), pipe.device)
     todo = tasks(Drawings(drawings), n, pipe.spec.size, seed)
@@ -114,7 +116,7 @@ def main(
     write_json(out / "comparison.json", {"points": [asdict(p) for p in points], "rebuilt": found})
     (out / "comparison.md").write_text(text)
     print(text)
-    plot(points, out / "comparison.png")
+    plot(points, Figure(figsize=(11, 4.5), layout="constrained")).savefig(out / "comparison.png", dpi=120)
     rows = [[name, *(pictures[k] for pictures in shown.values())] for k, name in enumerate(t.target for t in todo[:12])]
     labels = [label for row in rows for label in (row[0], *list(shown)[1:])]
     tile([picture for row in rows for picture in row[1:]], len(shown), labels).save(out / "sheet.png")
@@ -317,10 +319,8 @@ def rebuilt_table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(points: Sequence[Point], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+def plot(points: Sequence[Point], figure: Any) -> Any:
+    """The methods' curves, drawn in an empty matplotlib figure."""
     for axes, name, label in zip(
         figure.subplots(1, 2), ("psnr", "distance"), ("PSNR outside the edit, dB", "feature distance outside the edit"), strict=True
     ):
@@ -331,7 +331,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter, run
 
 import latentdiff
+from latentdiff.images import check_inputs, check_suffix
 
 Method = Literal["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-prompt"]
 
@@ -55,11 +56,14 @@ def main(
     seed
         Another number, another try.
     """
+    sheet = out.with_name(f"{out.stem}-sheet.png")
+    check_suffix(out)
+    check_inputs([out, sheet], filter(None, (photo, mask)))
     pipe = latentdiff.load(model)
     options: dict[str, Any] = {"strength": strength, "guidance": guidance, "region": region, "mask": mask}
     edits = pipe.edit(photo, source=source, target=target, method=method, seed=seed, **options)
     edits.save(out)
-    edits.sheet().save(out.with_name(f"{out.stem}-sheet.png"))
+    edits.sheet().save(sheet)
     for report in filter(None, edits.reports):
         print(f"{out}: the picture was rebuilt with {report.rebuilt:.1f} dB; the autoencoder alone has {report.limit:.1f} dB")
 

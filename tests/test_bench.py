@@ -3,6 +3,7 @@
 import json
 import mmap
 import runpy
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -360,7 +361,7 @@ def test_what_needs_processes_of_its_own():
         ),
     ],
 )
-def test_the_script_for_gpus_sets_what_is_not_given(given, expected):
+def test_the_script_for_gpus_sets_what_is_not_given(given, expected, monkeypatch):
     from latentdiff import cli
 
     script = Path(__file__).parents[1] / "scripts" / "benchmark_gpu.py"
@@ -368,6 +369,10 @@ def test_the_script_for_gpus_sets_what_is_not_given(given, expected):
     command, bound, _ = cli.app.parse_args(tokens, exit_on_error=False, print_error=False)
     assert command is run.bench
     assert bound.arguments == expected
+    monkeypatch.setattr(cli, "main", lambda: None)
+    monkeypatch.setattr("sys.argv", [str(script), *given])
+    runpy.run_path(str(script), run_name="__main__")
+    assert sys.argv[1:] == tokens  # what the report shows as its command
 
 
 def test_unknown_models_are_named():

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from latentdiff import cli
 from latentdiff import images as I
-from latentdiff.doctor import examine, torchvision_fit
+from latentdiff.doctor import OPTIONAL, Finding, examine, torchvision_fit
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_every_option_reaches_the_pipeline(run):
 
 
 def test_several_prompts_pictures_and_a_file_of_prompts(run, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a dog\n\n  two stars \n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a dog\n\n  two stars \n", encoding="utf-8-sig")  # as editors of Windows do
     code, out, _ = run("generate", "a cat", "--prompts-file", "prompts.txt", "-n", 2, "--seed", 3, "--steps", 1, "-o", "out/", "-q")
     assert code == 0
     names = ["a-cat"] * 2 + ["a-dog"] * 2 + ["two-stars"] * 2
@@ -87,6 +88,30 @@ def test_a_recipe_makes_the_picture_again(run):
     assert I.read_recipe("c.png") == I.read_recipe("a-2.png") | {"size": (16, 16)}
 
 
+def test_nothing_that_is_read_is_replaced_and_nothing_that_nobody_named(run, tmp_path):
+    asked = ("generate", "a cat", "--steps", 1, "--seed", 7, "-q")
+    assert [run(*asked)[1].split()[0] for _ in range(2)] == ["a-cat-7.png", "a-cat-7-2.png"]
+    run(*asked, "-o", "a-2.png")
+    before = (tmp_path / "a-2.png").read_bytes()
+    for more in (("-o", "a-2.png"), ("-o", "./a.png", "-n", 2), ("-o", "a-2.png", "-n", 2, "--grid")):
+        code, _, err = run("generate", "--recipe", "a-2.png", "-q", *more)
+        assert code == 2
+        assert "path must be another file than those that are read, got 'a-2.png'" in err
+    assert (tmp_path / "a-2.png").read_bytes() == before
+    assert run(*asked, "-o", "a-2.png", "--negative", "dog")[0] == 0  # named, so replaced
+    assert (tmp_path / "a-2.png").read_bytes() != before
+
+
+def test_a_recipe_that_needs_a_picture_says_which_command_takes_it(run, tiny_pipe, tiny_folder):
+    photo = tiny_pipe("a cat", steps=1, progress=False)[0]
+    tiny_pipe.edit(photo, source="a cat", target="a dog", steps=1, progress=False).save("edit.png")
+    tiny_pipe("a dog", image=photo, steps=1, progress=False).save("img2img.png")
+    for name, more in (("edit.png", ()), ("img2img.png", ("--refiner", tiny_folder))):
+        code, _, err = run("generate", "--recipe", name, "-o", "again.png", *more)
+        assert code == 2
+        assert f"got {name}, made from another picture: latentdiff edit PHOTO --recipe" in err
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -103,6 +128,9 @@ def test_a_recipe_makes_the_picture_again(run):
         (["generate", "a", "-o", "cat.gif"], "path must end in .png"),
         (["generate", "a", "-o", "cat"], "path must end in .png"),
         (["generate", "a", "--grid"], "out must be a file, such as grid.png"),
+        (["generate", "a", "--grid", "--columns", "0", "-o", "g.png"], "columns must be at least 1, got 0"),
+        (["generate", "a", "--columns", "2"], "columns needs --grid"),
+        (["generate", "a", "--labels"], "labels needs --grid"),
         (["generate", "a", "--prompts-file", "none.txt"], "none.txt"),
         (["generate", "--recipe", "none.png"], "none.png: there is no such file"),
         (["generate", "a", "--device", "tpu"], "device must be"),
@@ -131,6 +159,11 @@ def test_a_model_that_is_not_there(run, tmp_path):
 def test_debug_shows_where_an_error_comes_from(run, tiny_folder):
     with pytest.raises(ValueError, match="steps must be"):
         cli.main(["generate", "a", "--steps", "0", "--model", str(tiny_folder), "--debug"])
+
+
+def test_debug_leaves_the_exit_code(run, monkeypatch):
+    monkeypatch.setattr("latentdiff.doctor.examine", lambda: [Finding("torch", "missing", ok=False)])
+    assert run("doctor")[0] == run("doctor", "--debug")[0] == 1
 
 
 def test_errors_that_are_ours_are_not_hidden(monkeypatch, tiny_folder):
@@ -214,6 +247,12 @@ def test_doctor_reports_and_says_when_weights_are_missing(run, monkeypatch, tiny
     code, out, _ = run("doctor")
     assert code == 1
     assert "! weights          the embedded model is nowhere" in out
+
+
+def test_the_extras_that_doctor_names_hold_the_packages():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    for name, extra in OPTIONAL.items():
+        assert any(line.startswith(name) for line in project["optional-dependencies"][extra]), name
 
 
 @pytest.mark.parametrize(

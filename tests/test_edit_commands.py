@@ -82,6 +82,22 @@ def test_without_from_the_command_inpaints(folder, tiny_folder, tiny_pipe):
 
 
 @pytest.mark.parametrize(
+    "made",
+    [("--from", "a cat", "--to", "a red dog", "--region", "cat"), ("--to", "a dog", "--expand", 1, 2, 3, 4),
+     ("--from", "a cat", "--to", "a dog", "--method", "img2img")],
+)  # fmt: skip
+def test_a_recipe_makes_the_edit_again(folder, tiny_folder, made):
+    common = ("photo.png", "-m", tiny_folder, "--dtype", "float32", "--device", "cpu", "-q")
+    assert run(*made, "--steps", 2, "-o", "a.png", *common) == 0
+    assert run("--recipe", "a.png", "-o", "b.png", *common) == 0
+    assert equal("b.png", Image.open("a.png"))
+    assert I.read_recipe("b.png") == I.read_recipe("a.png")
+    assert run("--recipe", "a.png", "--to", "a house", "-o", "c.png", *common) == 0
+    recipe = I.read_recipe("a.png")
+    assert I.read_recipe("c.png") == recipe | {"target" if "method" in recipe else "prompt": "a house"}
+
+
+@pytest.mark.parametrize(
     ("tokens", "words"),
     [
         (("photo.png", "--to", "a dog", "--region", "dog"), ["region", "--from"]),
@@ -91,13 +107,29 @@ def test_without_from_the_command_inpaints(folder, tiny_folder, tiny_pipe):
         (("photo.png", "--to", "a dog", "--strength", 2), ["strength", "from 0 to 1"]),
         (("photo.png", "--from", "a cat", "--to", "a dog", "--region", "cow"), ["region", "cow"]),
         (("photo.png", "--to", "a dog", "-o", "a.txt"), [".png"]),
+        (("photo.png",), ["to must be"]),
+        (("photo.png", "--to", "a dog", "-o", "photo.png"), ["path must be another file", "photo.png"]),
+        (("photo.png", "--to", "a dog", "--mask", "mask.png", "-o", "mask.png"), ["path must be another file", "mask.png"]),
+        (("photo.png", "--to", "a dog", "-o", "a.png", "--sheet", "photo.png"), ["path must be another file", "photo.png"]),
+        (("photo.png", "--to", "a dog", "-o", "a.png", "--sheet", "a.png"), ["sheet must be another file than out", "a.png"]),
+        (("photo.png", "--to", "a dog", "--sheet", "s.gif"), [".png", "s.gif"]),
+        (("photo.png", "--recipe", "plain.png"), ["recipe", "plain.png", "text alone", "latentdiff generate --recipe"]),
+        (("photo.png", "--from", "a cat", "--recipe", "img2img.png"), ["recipe", "with --from", "img2img.png", "sampler"]),
     ],
 )
-def test_what_is_wrong_is_one_line(folder, tiny_folder, capsys, tokens, words):
+def test_what_is_wrong_is_one_line_and_nothing_is_written(folder, tiny_folder, capsys, monkeypatch, tokens, words):
+    recipe = "a dog\nSteps: 2, Sampler: ddim, Seed: 1"
+    for name, text in {"plain.png": recipe, "img2img.png": f"{recipe}, Photo: 0"}.items():
+        picture = photo()
+        picture.info["parameters"] = text
+        I.save_image(picture, Path(name))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("computed"))
     assert run(*tokens, "-m", tiny_folder, "--device", "cpu", "-q") == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert all(word in err for word in words), err
+    *said, line = capsys.readouterr().err.splitlines()
+    assert all(s.startswith("latentdiff: recipe of ") for s in said)
+    assert all(word in line for word in words), line
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # -------------------------------------------------------------------------------------------------------------- the scripts
@@ -111,6 +143,14 @@ def test_the_script_writes_the_edit_and_its_sheet(folder, tiny_folder, capsys):
     }  # fmt: skip
     assert Image.open("new-sheet.png").width == 120
     assert "rebuilt with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", ["results/", "x.gif", "photo.png", "mask.png"])
+def test_the_script_refuses_what_it_cannot_write_before_it_edits(folder, monkeypatch, out):
+    module = script("edit_image")
+    monkeypatch.setattr(module.latentdiff, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=f"path must .*{Path(out)}"):
+        module.main(Path("photo.png"), source="a cat", target="a dog", out=Path(out), mask=Path("mask.png"))
 
 
 def test_the_sheet_of_edits_has_a_row_of_each_kind(tiny_folder, tmp_path):
@@ -224,6 +264,14 @@ def test_the_comparison_writes_table_numbers_plot_and_sheet(compare, drawings_fo
     assert Image.open(out / "comparison.png").width > 800
     assert Image.open(out / "sheet.png").width == 3 * 32
     assert not list(out.glob("unfinished-*"))
+
+
+def test_the_comparison_looks_for_matplotlib_before_it_edits(compare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(compare.latentdiff, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ImportError, match="matplotlib"):
+        compare.main(Path("none"))
 
 
 def test_edits_made_together_are_those_made_alone(compare, drawings_folder, tiny_pipe, tmp_path):

@@ -1,5 +1,6 @@
 """Editing by words: what must be identical is, what may change does, and bad input is refused before computing."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from latentdiff import editing
 from latentdiff import images as I
 from latentdiff.diffusion.rules import pag
 from latentdiff.editing import Edits
+from latentdiff.pipeline import NonFiniteError
 
 FEW = {"steps": 4, "seed": 3, "progress": False}
 TWO = FEW | {"steps": 2}
@@ -154,6 +156,18 @@ def test_a_region_keeps_the_edit_inside(tiny_pipe):
     assert close(tiny_pipe.edit(None, **asked, region=["cat"], threshold=1.0)[0], everywhere.before[0])
 
 
+def test_a_region_counts_inside_a_mask_too(tiny_pipe):
+    """No place is hotter than 1, so that no latent may change from the fifth part of the steps on."""
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 32, 16))
+    asked = {"source": "a red cat", "target": "a red dog", "mask": mask, "cross": 0, "self_attention": 0} | FEW
+    edits, inside = tiny_pipe.edit(photo(), **asked), tiny_pipe.edit(photo(), **asked, region="cat", threshold=1.0)
+    assert differ(inside[0], edits[0]) > 0
+    assert (array(inside[0]) == array(photo()))[16:].all()
+    rebuilt = tiny_pipe.edit(photo(), **asked | {"target": "a red cat", "guidance": 1})[0]
+    assert close(inside[0], rebuilt)
+
+
 # ------------------------------------------------------------------------------------------------------ batches, recipes
 
 
@@ -185,6 +199,25 @@ def test_edits_in_one_network_call_are_those_made_one_by_one(tiny_pipe, method, 
         assert same(batch.before[k], photos[k])
         if method != "img2img":
             assert batch.reports[k].rebuilt == pytest.approx(alone.reports[0].rebuilt, abs=0.05)
+
+
+def test_each_edit_takes_its_own_mask_and_negative(tiny_pipe):
+    masks = [Image.new("L", (32, 32), 0) for _ in range(2)]
+    for k, mask in enumerate(masks):
+        mask.paste(255, (16 * k, 0, 16 * k + 16, 32))
+    asked, negatives = {"source": "a cat", "target": "a dog"} | TWO, ["flat", "a red house"]
+    edits = tiny_pipe.edit(photo(), mask=masks, negative=negatives, **asked)
+    for k in range(2):
+        alone = tiny_pipe.edit(photo(), mask=masks[k], negative=negatives[k], **asked | {"seed": 3 + k})[0]
+        assert same(edits[k], alone)
+        assert I.parse_parameters(edits[k].info["parameters"])[0]["negative"] == negatives[k]
+
+
+def test_a_picture_from_noise_has_a_recipe_without_what_only_photos_have(tiny_pipe, tmp_path):
+    edits = tiny_pipe.edit(None, source="a cat", target="a dog", **TWO)
+    recipe = I.read_recipe(*edits.save(tmp_path / "a.png"))
+    assert not {"strength", "inversion"} & recipe.keys()
+    assert same(tiny_pipe.edit(None, **recipe, progress=False)[0], edits[0])
 
 
 def test_one_photo_takes_several_targets(tiny_pipe):
@@ -227,6 +260,17 @@ def test_the_attention_to_a_word_is_a_picture_of_it(tiny_pipe):
     assert array(hot)[0, 0, 0] > array(hot)[0, 7, 0] + 40
 
 
+def test_what_is_no_number_makes_no_picture(tiny_pipe, monkeypatch):
+    unet = deepcopy(tiny_pipe.unet)
+    unet.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="U-Net"):
+        replace(tiny_pipe, unet=unet).attention("a cat", "cat", **FEW)
+    z = torch.zeros(1, 4, 8, 8)
+    monkeypatch.setattr(editing, "run", lambda *_: editing.Result(old=z * torch.nan, new=z, z=None))
+    with pytest.raises(NonFiniteError, match="U-Net"):
+        tiny_pipe.edit(None, source="a cat", target="a dog", **FEW)
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -239,6 +283,7 @@ def test_the_attention_to_a_word_is_a_picture_of_it(tiny_pipe):
         ({"self_attention": -1}, ["self_attention", "-1"]),
         ({"words": "swap"}, ["words", "replace", "swap"]),
         ({"inversion": "magic"}, ["inversion", "magic"]),
+        ({"inversion": "img2img"}, ["inversion", "one of ddim", "img2img"]),
         ({"method": "ddim", "cross": 0.3}, ["cross", "prompt-to-prompt"]),
         ({"region": "elephant"}, ["region", "elephant"]),
         ({"weights": {"elephant": 2}}, ["weights", "elephant"]),
@@ -252,7 +297,14 @@ def test_the_attention_to_a_word_is_a_picture_of_it(tiny_pipe):
         ({"target": ""} | {"region": "dog"}, ["region", "dog"]),
         ({"mask": Image.new("L", (5, 5), 255)}, ["mask", "5×5"]),
         ({"mask": Image.new("L", (32, 32))}, ["mask", "black"]),
+        ({"mask": 5}, ["mask", "5"]),
+        ({"mask": [Image.new("L", (32, 32), 255)] * 2, "target": ["a dog"] * 3}, ["photo and mask", "(3)", "got 2"]),
+        ({"negative": ["a", "b"], "target": ["a dog"] * 3}, ["negative", "(3)", "got 2"]),
+        ({"negative": []}, ["negative", "empty"]),
         ({"photo": None, "method": "ddim"}, ["photo"]),
+        ({"photo": None, "strength": 0.3}, ["photo", "strength"]),
+        ({"photo": None, "inversion": "ddim"}, ["photo", "inversion"]),
+        ({"photo": None, "blur": 5}, ["photo", "blur"]),
         ({"photo": []}, ["photo", "empty"]),
         ({"method": "img2img", "region": "dog"}, ["region", "img2img"]),
         ({"steps": 0}, ["steps"]),

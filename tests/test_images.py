@@ -159,6 +159,7 @@ def test_tiles_stand_in_rows_on_white():
     corners = [sheet[0, 0], sheet[0, 15], sheet[11, 0], sheet[11, 15]]
     assert [c.tolist() for c in corners] == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
     assert I.tile(solid(*["red"] * 5)).size == (24, 12)
+    assert I.tile(solid("red"), columns=10**9).size == (8, 6)
 
 
 def test_labels_stand_under_their_picture_and_fit():
@@ -188,6 +189,7 @@ def test_images_save_slice_and_show(tmp_path):
     assert images[:1].save(tmp_path / "one.webp") == [tmp_path / "one.webp"]
     assert [p.name for p in images.save(f"{tmp_path}/out/")] == ["a-cat-x-0.png", "a-cat-x-0-2.png", "a-cat-x-1.png"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a-cat-x-0.png", "a-cat-x-0-2.png", "a-cat-x-1.png"}
+    assert [p.name for p in images[1:].save(tmp_path / "out")] == ["a-cat-x-0-3.png", "a-cat-x-1-2.png"]  # none is replaced
     assert I.read_recipe(tmp_path / "new" / "cat-3.png")["seed"] == 1
     assert Image.open(io.BytesIO(images._repr_png_())).size == (16, 12)
     assert Image.open(io.BytesIO(images[:1]._repr_png_())).size == (8, 6)
@@ -251,8 +253,56 @@ def test_other_modes(tmp_path, mode, colour, rgb):
     assert pixel(opened) == rgb
 
 
-def test_a_pil_picture_is_taken_as_well():
-    assert pixel(I.open_picture(Image.new("LA", (2, 2), (0, 0)), "L")) == 255
+def test_a_mask_is_what_is_painted_on_a_transparent_layer():
+    layer = Image.new("RGBA", (2, 1), (255, 255, 255, 0))
+    layer.putpixel((1, 0), (255, 255, 255, 255))
+    assert np.asarray(I.open_picture(layer, "L")).tolist() == [[0, 255]]
+
+
+def grey_profile() -> bytes:
+    """An ICC profile of greys whose values are amounts of light (gamma 1)."""
+    white = struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061)  # D50
+    tags, body = {b"wtpt": white, b"kTRC": struct.pack(">4s4xI", b"curv", 0)}, b""
+    table = struct.pack(">I", len(tags))
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data
+    head = struct.pack(">I4xI4s4s4s12x4s28x3i48x", 128 + len(table + body), 0x02100000, b"mntr", b"GRAY", b"XYZ ", b"acsp",
+                       63190, 65536, 54061)  # fmt: skip
+    return head + table + body
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_greys_with_a_profile_become_srgb_and_those_of_a_mask_stay(mode):
+    image = Image.new(mode, (2, 2), {"L": 55, "LA": (55, 255), "I;16": 55 * 257}[mode])
+    image.info["icc_profile"] = grey_profile()
+    opened = I.open_picture(image)
+    assert pixel(opened) == pytest.approx((128,) * 3, abs=1)  # 0.216 of the light
+    assert not opened.info["icc_profile"]
+    assert pixel(I.open_picture(image, "L")) == 55
+
+
+def test_cmyk_is_never_saved_with_its_profile(tmp_path):
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    I.save_image(I.open_picture(saved(tmp_path / "a.jpg", image, icc_profile=b"damaged", quality=100)), tmp_path / "b.png")
+    found = Image.open(tmp_path / "b.png")
+    assert "icc_profile" not in found.info
+    assert all(abs(a - b) <= 3 for a, b in zip(pixel(found), (255, 0, 0), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_the_profile_of_rgb_stays_with_its_pixels(tmp_path, mode):
+    image = Image.new("RGB", (16, 16), (10, 200, 30)).convert(mode)
+    opened = I.open_picture(saved(tmp_path / "a.png", image, icc_profile=b"whatever"))
+    assert pixel(opened) == pixel(image.convert("RGB"))
+    for suffix in I.SAVES:
+        I.save_image(opened, tmp_path / f"b{suffix}")
+        assert Image.open(tmp_path / f"b{suffix}").info["icc_profile"] == b"whatever"
+
+
+def test_exif_that_cannot_be_read_is_ignored(tmp_path):
+    path = saved(tmp_path / "a.png", Image.new("RGB", (8, 8), "red"), exif=b"Exif\0\0II*\0")
+    assert pixel(I.open_picture(path)) == (255, 0, 0)
 
 
 def png(width, height, *chunks):

@@ -249,6 +249,30 @@ def test_the_edge_fades_in_inside_the_mask():
     assert soft[30, 30] > 250
     assert 0 <= soft[30, 10] < 60
     assert (np.diff(soft[30, 10:30]) >= 0).all()
+    assert soft[30, 9:16].tolist() == [0, 32, 96, 159, 223, 255, 255]  # at ½, 1½, 2½, 3½ of 4 pixels
+    assert soft[11, 11] < 100  # by the nearest edge
+    assert soft[30, 30:].tolist() == soft[30, 29::-1].tolist()
+
+
+def test_a_picture_has_no_edge_where_it_ends():
+    assert array(origin.faded(Image.new("L", (9, 9), 255), 4)).min() == 255
+    assert array(origin.faded(white_box((9, 9), (0, 0, 5, 9)), 2))[4].tolist() == [255, 255, 255, 191, 64, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_a_mask_narrower_than_the_blur_still_changes_its_middle(width):
+    soft = array(origin.faded(white_box((40, 40), (20, 0, 20 + width, 40)), 12))
+    assert soft.max() == 255
+    assert (soft[:, :20] == 0).all()
+    assert (soft[:, 20 : 20 + width] > 0).all()
+
+
+def test_the_depth_of_a_place_is_its_distance_to_the_edge():
+    scipy = pytest.importorskip("scipy.ndimage")
+    inside = np.random.default_rng(0).random((60, 80)) > 0.02
+    ours, exact = origin.depth(inside), scipy.distance_transform_edt(inside)
+    assert (ours >= exact - 1e-4).all()
+    assert (ours <= 1.083 * exact).all()
 
 
 def test_a_latent_is_repainted_if_any_of_its_pixels_is_masked():
@@ -292,6 +316,15 @@ def test_outpainting_keeps_the_old_and_paints_the_new(tiny_pipe):
     assert same(result.crop((12, 0, 32, 24)), photo(20, 24))
     grown, region = origin.expanded(photo(20, 24), None, (12, 0, 8, 16))
     assert (array(result) != array(grown)).any(-1)[np.asarray(region) > 0].mean() > 0.9
+    assert (array(grown)[:24, :12] == array(photo(20, 24))[:, :1]).all()
+    assert (array(grown)[24:, 32:] == array(photo(20, 24))[-1, -1]).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"strength": 0}, {"expand": 4}, {"mask": white_box((32, 32), (4, 4, 20, 20))}])
+def test_the_colour_profile_comes_back(tiny_pipe, options):
+    picture = photo()
+    picture.info["icc_profile"] = b"that of a display"
+    assert tiny_pipe("a cat", image=picture, **options, **FEW)[0].info["icc_profile"] == b"that of a display"
 
 
 def test_pictures_of_every_kind_are_read(tiny_pipe, tmp_path):
@@ -320,6 +353,18 @@ def test_a_batch_of_pictures_is_each_picture_by_itself(tiny_pipe):
     assert same(tiny_pipe("a cat", image=photos, **FEW)[1], tiny_pipe("a cat", image=photos[1], **FEW | {"seed": 4})[0])
 
 
+@pytest.mark.parametrize(("channels", "calls"), [(4, 1), (8, 1), (9, 2)])
+def test_a_picture_is_encoded_once_for_all_that_start_from_it(tiny_parts, monkeypatch, channels, calls):
+    pipe = of_parts(with_channels(tiny_parts, channels))
+    asked = {"image": photo()} | ({"mask": white_box((32, 32), (4, 4, 20, 20))} if channels == 9 else {}) | FEW
+    alone = pipe("a cat", **asked | {"seed": 6})[0]
+    encoded, encode = [], pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: encoded.append(x) or encode(x))
+    batch = pipe("a cat", n=4, **asked)
+    assert len(encoded) == calls
+    assert same(batch[3], alone)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"strength": 0.3, "exact": False}, {"mask": True, "padding": 4, "blur": 2}, {"expand": (1, 2, 3, 4)}, {"expand": 9}],
@@ -331,7 +376,9 @@ def test_the_recipe_with_the_picture_makes_the_picture_again(tiny_pipe, tmp_path
     result = tiny_pipe("a cat, flat", **options | pictures, **FEW)
     (path,) = result.save(tmp_path / "a.png")
     recipe, extra = I.read_parameters(path)
-    assert extra["Photo"]
+    given = {"image": "Photo", "mask": "Mask"}
+    marks = {given[name]: origin.fingerprint(picture) for name, picture in pictures.items()}
+    assert {name: extra[name] for name in ("Photo", "Mask") if name in extra} == marks
     assert same(tiny_pipe(**recipe, **pictures, progress=False)[0], result[0])
 
 
@@ -359,6 +406,8 @@ def test_another_programs_denoising_strength_is_not_taken_for_ours():
         ({"blur": -1, "mask": Image.new("L", (32, 32), 255)}, ["blur", "-1"]),
         ({"expand": (1, 2, 3)}, ["expand", "(1, 2, 3)"]),
         ({"expand": 0}, ["expand", "0"]),
+        ({"expand": (1, -5, 2, 2)}, ["expand", "-5"]),
+        ({"expand": (1, 2, 3, "x")}, ["expand", "'x'"]),
         ({"expand": 16_000}, ["expand", "50,000,000"]),
         ({"image_guidance": 1.5}, ["image_guidance", "instruct"]),
         ({"size": 33}, ["size", "33"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,7 @@ def bench(
     kind = best_dtype(place) if dtype is None else checked_dtype(dtype)
     others = [checked_dtype(other) for other in peer_dtypes]
     compiled = (place.type == "cuda" and not quick) if compile is None else compile
-    report: Report = {"machine": describe(place), "command": " ".join(["latentdiff", *sys.argv[1:]]), "models": {}}
+    report: Report = {"machine": describe(place), "command": shlex.join(["latentdiff", *sys.argv[1:]]), "models": {}}
     for name in models:
         tell(f"{name}: building")
         parts = subject(name, place)

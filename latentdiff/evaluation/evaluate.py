@@ -30,6 +30,7 @@ from latentdiff.evaluation.kept import Kept, fingerprint
 from latentdiff.images import parse_parameters, save_image, tile, to_pil, to_tensor
 from latentdiff.loading import embedded, load
 from latentdiff.pipeline import Pipeline
+from latentdiff.request import final
 from latentdiff.training.data import open_source
 from latentdiff.training.drawings import Drawings
 
@@ -380,7 +381,7 @@ def evaluations(pipe: Pipeline, recipe: Mapping[str, Any]) -> int:
         return x
 
     own = pipe.spec.sampling
-    sigmas = grid(pipe.schedule, recipe["steps"], recipe["spacing"], offset=own.steps_offset, final=own.final)
+    sigmas = grid(pipe.schedule, recipe["steps"], recipe["spacing"], offset=own.steps_offset, final=final(recipe["sampler"], own))
     for _ in bind(recipe["sampler"], pipe.schedule)(denoise, torch.ones(1), sigmas, randn=torch.zeros_like):
         pass
     return len(called)
