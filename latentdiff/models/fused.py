@@ -71,18 +71,18 @@ def slow_on_cpu(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"]) -> bool:
 def conv_norm_silu(
     conv: nn.Module, norm: nn.GroupNorm, x: Float[Tensor, "b c h w"], shift: Float[Tensor, "b out"] | None = None
 ) -> Float[Tensor, "b out h w"]:
-    """silu(norm(conv(x) + shift))."""
+    """silu(norm(conv(x) + shift)). x is written over: a map that nobody else holds is given up before the norm makes another."""
     if splits(conv, x) and not onednn.listened_to(norm):
-        y = conv(x, biased=False)
-        if is_last(y):
+        x = conv(x, biased=False)
+        if is_last(x):
             places: dict[str, Any] = {"silu": True, "added": conv.bias, "moved": shift}
-            return kernels().group_norm(y, norm.num_groups, norm.weight, norm.bias, norm.eps, **places)
-        y = y + conv.bias[:, None, None]  # type: ignore[index]
+            return kernels().group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **places)
+        x = x + conv.bias[:, None, None]  # type: ignore[index]
     elif is_one_row(shift) and adds_inside(conv, x):
-        y, shift = conv.on_cpu(x, None if shift is None else shift[0]), None  # type: ignore[operator]
+        x, shift = conv.on_cpu(x, None if shift is None else shift[0]), None  # type: ignore[operator]
     else:
-        y = conv(x)
-    return norm_silu(norm, y if shift is None else y + shift[:, :, None, None])
+        x = conv(x)
+    return norm_silu(norm, x if shift is None else x + shift[:, :, None, None])
 
 
 def conv_add(conv: nn.Module, x: Float[Tensor, "b c h w"], other: Float[Tensor, "b out h w"]) -> Float[Tensor, "b out h w"]:

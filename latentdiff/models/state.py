@@ -24,7 +24,7 @@ class State:
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
         self.places = [vars(m) for m in modules]
-        self.getters = [itemgetter("_modules", "training", *(k for k in at if k[0] != "_")) for at in self.places]
+        self.getters = [itemgetter("_modules", "_buffers", *(k for k in at if k[0] != "_")) for at in self.places]
         self.modules, self.samples = modules, [sample(weight) for weight in network.parameters()] if numbers else []
         self.held = [*self.parts()]  # an id is good for as long as its owner lives
         self.was, self.taken = self.now(), torch.cat(self.samples) if numbers else None

@@ -107,8 +107,7 @@ class ResBlock(nn.Module):
         self.conv_shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"], shifts: Float[Tensor, "b s"]) -> Float[Tensor, "b out h w"]:
-        y = norm_silu(self.norm1, x)
-        y = conv_norm_silu(self.conv1, self.norm2, y, shifts[: len(x), self.place])
+        y = conv_norm_silu(self.conv1, self.norm2, norm_silu(self.norm1, x), shifts[: len(x), self.place])
         return conv_add(self.conv2, y, self.conv_shortcut(x))
 
 

@@ -143,6 +143,20 @@ def test_a_network_that_is_another_is_recorded_anew(change):
 
 
 @torch.no_grad()
+def test_a_compiled_network_is_recorded_and_watched_too():
+    torch.manual_seed(0)
+    unet, recorder = UNet(CONFIG).eval(), Recorder()
+    graphed = Graphed(torch.compile(unet, backend="eager"), recorder)
+    for made, change in ((1, False), (1, False), (2, True)):
+        if change:
+            unet.conv_out = copy.deepcopy(unet.conv_out)
+            unet.conv_out.weight.mul_(2)
+        call = inputs(unet, 0)
+        torch.testing.assert_close(graphed(*call), unet(*call))
+        assert len(recorder.made) == made
+
+
+@torch.no_grad()
 def test_who_listens_is_heard(unet, graphed):
     heard, call = [], inputs(unet, 0)
     graphed(*call)

@@ -1,11 +1,13 @@
 """The autoencoder against diffusers' on the same weights, and its scaling."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from latentdiff.models import fused, vae
 from latentdiff.models.initialise import init_for_training
 from latentdiff.models.vae import VAE, VAEConfig
 
@@ -163,3 +165,24 @@ def test_shapes_that_do_not_fit_are_refused(method, value, message):
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="multiple of norm_groups=32"):
         VAEConfig(block_out_channels=(16, 32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_map_is_given_up_before_the_next_norm_makes_another(layout, monkeypatch):
+    """In the last blocks of a decode each map of a large picture takes hundreds of megabytes."""
+    made, left = [], []
+
+    def watched(norm, x):
+        left.append([ref() is not None for ref in made])
+        out = fused.group_norm(norm, x, silu=True)
+        made.append(weakref.ref(out))
+        return out
+
+    block = vae.ResBlock(SMALL, 32, 64).to(memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(1, 32, 8, 8).contiguous(memory_format=layout)
+    expected = block(x)
+    for module in (vae, fused):
+        monkeypatch.setattr(module, "norm_silu", watched)
+    assert torch.equal(block(x), expected)
+    assert left == [[], [False]]
