@@ -259,7 +259,7 @@ def edit(
                 negative=told,
                 guidance=plan.guidance,
                 rescale=0.0,
-                steps=STEPS if steps is None else steps,
+                steps=STEPS if steps is None and (spacing is None or isinstance(spacing, str)) else steps,
                 sampler="ddim",
                 spacing=spacing,
                 eta=None,

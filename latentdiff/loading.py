@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from latentdiff.checkpoints.adapted import Files, adapted
+from latentdiff.checkpoints.adapted import Files, adapted, pairs
 from latentdiff.checkpoints.families import Prediction
 from latentdiff.checkpoints.io import Parts, load_parts
 from latentdiff.conditioning import TextEncoder
@@ -62,6 +62,9 @@ def load(
     place = best_device() if device is None else checked_device(device)
     kind = best_dtype(place) if dtype is None else checked_dtype(dtype)
     check(place, kind, compile=compile, float8=float8, weights=weights, cache=cache)
+    for file, _ in [*pairs(lora, 1.0), *pairs(embeddings, None)]:
+        if not Path(file).exists():
+            raise FileNotFoundError(f"{file}: there is no such file or folder")
     parts = load_parts(
         embedded() if path is None else path,
         prediction=prediction,

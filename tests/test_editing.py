@@ -171,6 +171,11 @@ def test_a_region_counts_inside_a_mask_too(tiny_pipe):
 # ------------------------------------------------------------------------------------------------------ batches, recipes
 
 
+def test_levels_that_are_given_are_the_steps(tiny_pipe):
+    edited = tiny_pipe.edit(photo(), source="a cat", target="a dog", spacing=[9.0, 2.0, 0.0], seed=3, progress=False)
+    assert I.parse_parameters(edited[0].info["parameters"])[0]["steps"] == 2
+
+
 @pytest.mark.parametrize("method", ["img2img", "prompt-to-prompt"])
 def test_a_batch_of_edits_is_each_edit_by_itself(tiny_pipe, method):
     photos = [photo(seed=1), photo(40, 60, seed=2)]

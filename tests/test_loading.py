@@ -21,3 +21,10 @@ def test_options_that_do_not_fit_are_refused_before_a_model_is_read(monkeypatch,
     monkeypatch.setattr(loading, "load_parts", lambda *_, **__: pytest.fail("read a model"))
     with pytest.raises(ValueError, match=message):
         latentdiff.load(device="cpu", dtype="float32", **bad)
+
+
+@pytest.mark.parametrize("files", [{"lora": "no.safetensors"}, {"lora": {"no.safetensors": 2}}, {"embeddings": ["no.safetensors"]}])
+def test_files_that_are_not_there_are_missed_before_a_model_is_read(monkeypatch, files):
+    monkeypatch.setattr(loading, "load_parts", lambda *_, **__: pytest.fail("read a model"))
+    with pytest.raises(FileNotFoundError, match=r"no\.safetensors: there is no such file"):
+        latentdiff.load(device="cpu", dtype="float32", **files)
