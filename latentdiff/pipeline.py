@@ -85,6 +85,21 @@ class Progress:
         return self.pipe.pictures(self.z, self.request, recipes=self.i + 1 == self.steps)
 
 
+@dataclass(frozen=True)
+class Run(Iterator[Progress]):
+    """The steps of a run, made as they are asked for; `total` of them."""
+
+    steps: Generator[Progress, None, None]
+    total: int
+
+    def __next__(self) -> Progress:
+        return next(self.steps)
+
+    def close(self) -> None:
+        """Give up what the run holds before it is at its end."""
+        self.steps.close()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pipeline:
     """A loaded model. It keeps nothing of a call: threads may share one."""
@@ -204,7 +219,7 @@ class Pipeline:
         padding: int | None = None,
         expand: int | Sides | None = None,
         image_guidance: float | None = None,
-    ) -> Iterator[Progress]:
+    ) -> Run:
         """The steps of `pipe(...)`, one by one: look in, preview, stop. Arguments are checked now, not at the first step.
 
         Where the U-Net overflows its dtype, the run starts again at step 0 in float32; its last step has the pictures that were
@@ -241,7 +256,8 @@ class Pipeline:
             batch=batch,
             pictured=bool(found),
         )
-        return self.run(begun(self, asked, given, found))
+        asked = begun(self, asked, given, found)
+        return Run(self.run(asked), len(asked.sigmas) - 1)
 
     def edit(
         self,
@@ -355,7 +371,7 @@ class Pipeline:
         return editing.attention(self, asked, request.texts("word", word), scale, progress)
 
     @torch.no_grad()
-    def run(self, asked: Request, make: Callable[[bool], Denoise] | None = None) -> Iterator[Progress]:
+    def run(self, asked: Request, make: Callable[[bool], Denoise] | None = None) -> Generator[Progress, None, None]:
         """Walk the request's grid. make: (whether with a float32 U-Net) -> the denoiser; by default this model's own."""
         if len(asked.sigmas) == 1:  # img2img at strength 0: the picture as it is
             x = self.begin(asked, request.randn(asked.seeds))
@@ -507,14 +523,13 @@ class Pipeline:
         return sound("VAE", self.vae, run, finite)
 
 
-def finished(run: Iterator[Progress], progress: bool) -> Images:
+def finished(run: Run, progress: bool) -> Images:
     """The pictures of a run's last step; a bar on stderr shows how far it is."""
     from tqdm import tqdm
 
     last = None
-    with tqdm(disable=not progress, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=run.total, disable=not progress, unit="step", dynamic_ncols=True) as bar:
         for last in run:
-            bar.total = last.steps
             bar.update(last.i + 1 - bar.n)
     assert last is not None
     return last.pipe.pictures(last.z, last.request)

@@ -6,7 +6,7 @@ nothing to convert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,7 @@ from latentdiff.diffusion.guidance import scheduled
 from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Step
 from latentdiff.images import Images
-from latentdiff.pipeline import Pipeline, Progress, finished
+from latentdiff.pipeline import Pipeline, Progress, Run, finished
 from latentdiff.request import Request, number
 
 HANDOFF = 0.8  # of the times of training, from the noisiest on, are the base's: what SDXL was released with
@@ -77,7 +77,7 @@ def refine(
 
     first = asked(base, seed)
     second = replace(asked(refiner, first.seeds[0]), seeds=first.seeds, sigmas=first.sigmas)
-    result = finished(handed_over(base, refiner, first, second, share), progress)
+    result = finished(Run(handed_over(base, refiner, first, second, share), len(first.sigmas) - 1), progress)
     for k, image in enumerate(result):
         extra = {"Model": base.title, "Refiner": refiner.title, "Refiner switch at": f"{share:g}"}
         extra["Version"] = f"latentdiff {__version__}"
@@ -86,7 +86,9 @@ def refine(
 
 
 @torch.no_grad()
-def handed_over(base: Pipeline, refiner: Pipeline, first: Request, second: Request, share: float) -> Iterator[Progress]:
+def handed_over(
+    base: Pipeline, refiner: Pipeline, first: Request, second: Request, share: float
+) -> Generator[Progress, None, None]:
     """One run of one sampler, which asks the base in its upper part and the refiner in the rest: noise and schedules go on."""
     cut, makers = handoff_step(base, first.sigmas, share), [(base, base.maker(first)), (refiner, refiner.maker(second))]
 
