@@ -325,6 +325,10 @@ def edit(
     for name in known.keys() - takes.keys():
         way = "without" if source is None else "with"
         raise ValueError(f"recipe must be of an edit {way} --from, got {recipe}, which has {name}")
+    if method is not None and method != known.get("method"):  # the recipe's has options that another has not
+        own = {"inversion", "cross", "self_attention", "words"}
+        own |= {"region", "threshold", "weights"} if method == "img2img" else set()
+        known = {name: value for name, value in known.items() if name not in own}
     options = known | {name: value for name, value in (both | told | plain).items() if value is not None}
     before = [open_picture(photo) for photo in photos]
     pipe = load(model, device=device, dtype=dtype)

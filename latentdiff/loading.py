@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,14 @@ def compile_options(device: torch.device) -> dict[str, Any]:
 
     Sizes, batches and guidance make many shapes: torch's limit of 8, at which it ends in an error, is raised.
     """
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": mode}
+    if "recompile_limit" in signature(torch.compile).parameters:
+        return options | {"recompile_limit": SHAPES}
     from torch._dynamo import config
 
-    config.recompile_limit = max(config.recompile_limit, SHAPES)
-    return {"fullgraph": True, "dynamic": False, "mode": "max-autotune-no-cudagraphs" if device.type == "cuda" else None}
+    config.recompile_limit = max(config.recompile_limit, SHAPES)  # older ones have this alone
+    return options
 
 
 def embedded() -> Path:

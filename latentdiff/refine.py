@@ -18,7 +18,7 @@ from latentdiff.diffusion.guidance import scheduled
 from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Step
 from latentdiff.images import Images
-from latentdiff.pipeline import Pipeline, Progress, Run, finished
+from latentdiff.pipeline import NonFiniteError, Pipeline, Progress, Run, finished
 from latentdiff.request import Request, number
 
 HANDOFF = 0.8  # of the times of training, from the noisiest on, are the base's: what SDXL was released with
@@ -93,6 +93,8 @@ def handed_over(
     cut, makers = handoff_step(base, first.sigmas, share), [(base, base.maker(first)), (refiner, refiner.maker(second))]
 
     def make(float32: bool) -> Denoise:
+        if float32 and base.dtype == refiner.dtype == torch.float32:
+            raise NonFiniteError("U-Net")
         upper, lower = (maker(float32 and pipe.dtype != torch.float32) for pipe, maker in makers)
 
         def refined(x: Tensor, sigma: Tensor) -> Tensor:
@@ -101,7 +103,10 @@ def handed_over(
         return scheduled(first.sigmas, [(cut, upper), (len(first.sigmas) - 1, refined)])
 
     for step in base.run(first, make):
-        yield step if step.i < cut else replace(step, pipe=refiner, request=second)
+        if step.i >= cut:  # its own to decode
+            there = {"x": step.x.to(refiner.device), "x0": step.x0.to(refiner.device)}
+            step = replace(step, **there, pipe=refiner, request=second)
+        yield step
 
 
 def handoff_step(base: Pipeline, sigmas: torch.Tensor, share: float) -> int:

@@ -95,6 +95,9 @@ def test_a_recipe_makes_the_edit_again(folder, tiny_folder, made):
     assert run("--recipe", "a.png", "--to", "a house", "-o", "c.png", *common) == 0
     recipe = I.read_recipe("a.png")
     assert I.read_recipe("c.png") == recipe | {"target" if "method" in recipe else "prompt": "a house"}
+    for method in ("ddim", "img2img") if "method" in recipe else ():
+        assert run("--recipe", "a.png", "--method", method, "-o", "d.png", *common) == 0
+        assert I.read_recipe("d.png")["method"] == method
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,19 @@
 header is small, so it is checked here, and each fault says what was expected, what was found and what to do.
 """
 
+import errno
 import json
 import mmap
 import os
 import re
 import shutil
 import struct
+import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DAY = 24 * 60 * 60  # seconds
 MAX_HEADER = 100 << 20  # bytes; SDXL's header has 300 kB
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,6 +41,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_written: set[Path] = set()  # by threads of this process, now
+_lock = threading.Lock()
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NOT_WEIGHTS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a git-lfs pointer, not the weights; fetch them with `git lfs pull`"),
@@ -302,71 +308,83 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path):
-    """A path beside `path` to write to; it takes the place of `path` once it is whole and on the disk, or disappears."""
+    """A path beside `path` to write to; it takes the place of `path` once it is whole and on the disk, or disappears.
+
+    Errors: FileExistsError where another thread is writing `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _beside(path, "part")
-    try:
-        yield part
-        with part.open("rb") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with _claimed(path):
+        part = _beside(path, "part")
+        try:
+            yield part
+            with part.open("rb") as f:
+                os.fsync(f.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: Path):
     """The same for a folder. Two renames replace one, so the old one is taken back if the second does not come about."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = _beside(path, "part"), _beside(path, "old")
-    part.mkdir()
+    with _claimed(path):
+        part, old = _beside(path, "part"), _beside(path, "old")
+        part.mkdir()
+        try:
+            yield part
+            _flush(part)
+            if path.exists():
+                path.rename(old)
+            part.rename(path)
+            _flush(path.parent)
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _claimed(path: Path):
+    """One thread at a time writes a path."""
+    path = path.absolute()
+    with _lock:
+        if path in _written:
+            raise FileExistsError(f"{path}: another thread is writing it")
+        _written.add(path)
     try:
-        yield part
-        _flush(part)
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
-        _flush(path.parent)
+        yield
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _written.discard(path)
 
 
 def _beside(path: Path, end: str) -> Path:
     """A name beside `path` for this process. What killed ones left there goes, but for the older folder where there is no other."""
-    left = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.{end}")
-    if end == "part" or path.exists():
-        for found in [*path.parent.iterdir()]:
-            if not (match := left.fullmatch(found.name)) or _runs(int(match[1])):
-                continue
+    mine = path.with_name(f".{path.name}.{os.getpid()}.{end}")
+    left = re.compile(rf"\.{re.escape(path.name)}\.\d+\.{end}")
+    for found in [p for p in path.parent.iterdir() if left.fullmatch(p.name)] if end == "part" or path.exists() else []:
+        with suppress(OSError):  # gone, or somebody else's
+            if found != mine and time.time() - found.stat().st_mtime < DAY:
+                continue  # of a process that may still be writing, here or on another machine
             if found.is_dir():
-                shutil.rmtree(found, ignore_errors=True)
+                shutil.rmtree(found)
             else:
-                found.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
-
-
-def _runs(pid: int) -> bool:
-    """Whether this is another process that may still be writing. On Windows none can be asked without ending it."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0) if os.name == "posix" else None
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
+                found.unlink()
+    return mine
 
 
 def _flush(folder: Path) -> None:
-    """The names in a folder onto the disk; Windows neither can nor need."""
+    """The names in a folder onto the disk; Windows neither can nor need, nor do all network drives."""
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(fd)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -73,6 +73,8 @@ def needed(repo: str, files: list[str], variant: str | None, *, allow_pickle: bo
             kinds = weights.setdefault(file.rpartition("/")[0], {})
             kinds.setdefault(match["kind"], {}).setdefault(name, []).append(file)
     for part, kinds in weights.items():
+        if not part and "model_index.json" in files:
+            continue  # a model's weights lie in the folders of its parts
         if "safetensors" not in kinds and not allow_pickle:
             raise CheckpointError(
                 f"{repo}: of {part or 'the weights'} there is only a pickle (.bin), which can run code when read; if you trust it, "

@@ -149,7 +149,7 @@ def sampler_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     steps, found = list(dict.fromkeys(row["steps"] for row in rows)), {}
     for row in rows:
         sampler, spacing = resolve(row["sampler"])
-        names, at = found.setdefault((SAME.get(sampler, sampler), spacing or row["spacing"]), ({}, {}))
+        names, at = found.setdefault((row.get("rule") or SAME.get(sampler, sampler), spacing or row["spacing"]), ({}, {}))
         names[sampler], at[row["steps"]] = None, row
     heads = ["sampler", "grid", "evaluations", *(f"{what} {n}" for what in ("FID", "CLIP") for n in steps)]
     best = {("fid", n): min(at[n]["fid"] for _, at in found.values()) for n in steps}
@@ -365,10 +365,11 @@ def compare_samplers(pipe: Pipeline, judge: ClipScorer, exam: Exam, config: Eval
 
     for name in config.compared:
         sampler, spacing = resolve(name)
-        rule = (SAME.get(sampler, sampler), spacing)
+        twin, own = SAME.get(sampler, sampler), pipe.spec.sampling
+        rule = (twin if final(twin, own) == final(sampler, own) else sampler, spacing)
         for steps in config.sampler_steps:
             found = kept(f"{rule}, {steps} steps", lambda name=name, steps=steps: row(name, steps))
-            rows.append({"sampler": name, "steps": steps, "pictures": len(captions)} | found)
+            rows.append({"sampler": name, "rule": rule[0], "steps": steps, "pictures": len(captions)} | found)
     return rows
 
 

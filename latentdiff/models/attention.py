@@ -155,8 +155,9 @@ class Attention(nn.Module):
 
     def lie_in(self, whole: Tensor) -> bool:
         """Whether the layers' weights still are its parts, and not others put in their place through `.data`."""
-        layers = (self.to_q, self.to_k, self.to_v)
-        return [layer.weight.data_ptr() for layer in layers] == [part.data_ptr() for part in whole.chunk(3)]
+        start, part = whole.data_ptr(), whole.nbytes // 3  # in numbers, since operations might be recorded
+        places = [layer.weight.data_ptr() for layer in (self.to_q, self.to_k, self.to_v)]
+        return places == [start, start + part, start + 2 * part]
 
     def split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -96,7 +96,7 @@ class Recordings:
             if self.watch.sees_another(occasion):  # and so may be its device
                 self.known.clear()
                 self.record, self.over = self.given, None
-            if not self.watch.is_heard():
+            if (x.is_cuda or self.given is not None) and not self.watch.is_heard():  # a network may have gone to a CPU
                 with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(x):
                     if key not in self.known:
                         self.known[key] = self.made(call, inputs, prompt)

@@ -99,6 +99,7 @@ class FileSource:
                 image = square_picture(_read(picture), self.size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 bad[i] = f"{name}: {error}"
+                self.check(bad)  # here, and not after reading all of them
                 continue
             choice = np.random.default_rng((seed, index)).integers(len(captions))
             return torch.from_numpy(image).permute(2, 0, 1).contiguous(), captions[choice], bad
@@ -111,11 +112,13 @@ class FileSource:
                 f"{self.where}: passing over {next(iter(bad.values()))}; at most {self.max_bad:.0%} may be bad", stacklevel=3
             )
         self.bad |= bad
-        if len(self.bad) > self.max_bad * len(self):
-            reasons = "; ".join(list(self.bad.values())[:3])
-            raise ValueError(
-                f"{len(self.bad)} of {len(self)} pictures in {self.where} are bad, max_bad is {self.max_bad}: {reasons}"
-            )
+        self.check(self.bad)
+
+    def check(self, bad: Mapping[int, str]) -> None:
+        """Errors: ValueError if these are too many."""
+        if len(bad) > self.max_bad * len(self):
+            reasons = "; ".join(list(bad.values())[:3])
+            raise ValueError(f"{len(bad)} of {len(self)} pictures in {self.where} are bad, max_bad is {self.max_bad}: {reasons}")
 
     def fingerprint(self) -> str:
         """Of all names and sizes, and of what the captions say; pictures are not read for it."""

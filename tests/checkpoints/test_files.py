@@ -1,5 +1,6 @@
 """Files that are not what they seem: each says what it is, what was expected and what to do (reliability 10, 11)."""
 
+import errno
 import json
 import os
 import pickle
@@ -367,6 +368,27 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_p
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["model", "model/a"]
 
 
+def test_two_threads_do_not_write_one_path(tmp_path):
+    for write, path in ((replacing, tmp_path / "f"), (replacing_folder, tmp_path / "m")):
+        with write(path) as part:
+            part.touch() if write is replacing else (part / "a").touch()
+            with pytest.raises(FileExistsError, match="another thread is writing it"), write(path):
+                pass
+        with write(path) as part:
+            part.touch() if write is replacing else (part / "b").touch()
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["b"]
+
+
+def test_a_folder_that_cannot_be_flushed_is_written(tmp_path, monkeypatch):
+    def fsync(fd):
+        raise OSError(errno.EINVAL, "some network drives")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replacing_folder(tmp_path / "m") as part:
+        (part / "a").touch()
+    assert (tmp_path / "m" / "a").exists()
+
+
 @pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
 def test_what_a_killed_process_left_is_cleared_away(tmp_path, pid):
     """Also by one with the same number, as in containers; an older folder only once there is another."""
@@ -378,7 +400,9 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path, pid):
     (tmp_path / f".m.safetensors.{pid}.part").write_bytes(b"cut o")
     other = tmp_path / ".m.safetensors.other.1.part"  # of a name that only begins so
     other.touch()
-    running = tmp_path / f".m.{os.getppid()}.part"  # of a process that is still writing
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    running = tmp_path / ".m.1.part"  # of a process that may still be writing
     running.touch()
     for _ in range(2):
         with replacing_folder(whole[0]) as part:

@@ -216,3 +216,8 @@ def test_a_repository_of_pickles(server, tmp_path):
     server.pickle("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin")
     load(server, tmp_path / "home", expect="CheckpointError: owner/name: of text_encoder there is only a pickle")
     assert "LOADED eps torch.float32" in load(server, tmp_path / "home", options=", allow_pickle=True")
+
+
+def test_a_pickle_at_a_models_root_is_not_asked_for():
+    files = ["model_index.json", "pytorch_model.bin", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    assert set(hub.needed("owner/name", files, None)) == {*files} - {"pytorch_model.bin"}
