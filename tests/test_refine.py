@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentdiff.conditioning import TextEncoder
-from latentdiff.pipeline import Pipeline
+from latentdiff.pipeline import NonFiniteError, Pipeline
 from latentdiff.refine import refine
 
 
@@ -47,6 +47,16 @@ def test_the_refiner_draws_the_rest_and_decodes(tiny_pipe, tiny_parts):
     (alone,) = tiny_pipe("a cat", steps=4, seed=3, progress=False)
     assert np.abs(np.asarray(made).astype(int) - np.asarray(alone)).max() <= 1
     assert "Refiner: fine, Refiner switch at: 0.5" in made.info["parameters"]
+
+
+def test_what_is_no_number_in_float32_is_not_run_again(tiny_pipe, tiny_parts):
+    parts, calls = tiny_parts(), []
+    parts.unet.register_forward_hook(lambda module, args, output: calls.append(1) or output * torch.nan)
+    text = TextEncoder(parts.text_encoders, parts.tokenizers, parts.spec)
+    base = Pipeline(unet=parts.unet, vae=parts.vae, text=text, spec=parts.spec, title="broken")
+    with pytest.raises(NonFiniteError, match="U-Net"):
+        refine(base, tiny_pipe, "a cat", handoff=0.5, steps=4, seed=3, progress=False)
+    assert len(calls) == 2
 
 
 def test_drawn_seeds_are_reported_and_the_same_in_both_parts(tiny_pipe):
