@@ -63,9 +63,9 @@ class NonFiniteError(FloatingPointError):
 class Progress:
     """A step of a run: its index, the level it arrived at, the state there and the last x0 estimate; and what they look like."""
 
-    i: int
-    steps: int
-    sigma: Tensor
+    i: int  # from 0; -1 where a run has no steps
+    steps: int  # in all
+    sigma: Tensor  # noise level: x is x0 + sigma · noise
     x: Float[Tensor, "b c h w"]
     x0: Float[Tensor, "b c h w"]
     pipe: Pipeline
@@ -87,7 +87,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run(Iterator[Progress]):
-    """The steps of a run, made as they are asked for; `total` of them."""
+    """The steps of a run, made as they are asked for; `total` of them, or that many again after an overflow.
+
+    Errors: NonFiniteError, where the U-Net gives no numbers in float32 either.
+    """
 
     steps: Generator[Progress, None, None]
     total: int
