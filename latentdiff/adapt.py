@@ -8,6 +8,7 @@ from latentdiff.checkpoints.adapted import Files, adapted
 from latentdiff.checkpoints.io import Parts
 from latentdiff.loading import network
 from latentdiff.models.caching import Cached
+from latentdiff.models.int8 import Int8
 from latentdiff.models.text import Tokenizer
 from latentdiff.pipeline import Pipeline
 
@@ -27,12 +28,14 @@ def adapt(
     embeddings: files of textual inversion, each with the word that stands for it in prompts; None takes the file's own.
     merge: put LoRAs into the weights; False adds them to the layers' outputs at every step: slower, but nothing is rounded.
     allow_pickle: also read .pt and .bin, with torch's `weights_only=True`. compile: the new U-Net, as in `load`.
-    Errors: FileNotFoundError; ValueError for a scale, for a LoRA on a U-Net in 8 bits or narrowed, and for `compile` with `cache`;
-    CheckpointError for a file that does not fit the model, listing the keys.
+    Errors: FileNotFoundError; ValueError for a scale, for a LoRA on a U-Net in 8 bits or narrowed, and for `compile` with `cache`
+    or `int8`; CheckpointError for a file that does not fit the model, listing the keys.
     """
     cached = pipe.network if isinstance(pipe.network, Cached) else None
     if compile and cached:
         raise ValueError("compile must be False for a model that was loaded with cache")
+    if compile and any(isinstance(module, Int8) for module in pipe.unet.modules()):
+        raise ValueError("compile must be False for a model that was loaded with int8")
     parts = Parts(
         spec=pipe.spec,
         unet=pipe.unet,

@@ -15,6 +15,7 @@ from latentdiff.checkpoints.io import Parts
 from latentdiff.images import Images
 from latentdiff.loading import ready
 from latentdiff.models.float8 import has_float8
+from latentdiff.models.onednn import multiplies_int8
 from latentdiff.pipeline import Pipeline
 
 
@@ -49,6 +50,9 @@ def ways(parts: Parts, device: torch.device, dtype: torch.dtype) -> dict[str, tu
         for width in ("int8", "bfloat16") if dtype == torch.float32 else ("int8",):
             own = replace(parts, unet=copy.deepcopy(parts.unet))
             found[f"weights kept in {width}"] = ready(own, device, dtype, weights=width), GUIDANCE
+    if device.type == "cpu" and multiplies_int8(dtype):
+        own = replace(parts, unet=copy.deepcopy(parts.unet))
+        found["products in int8"] = ready(own, device, dtype, int8=True), GUIDANCE
     if device.type == "cuda" and has_float8(device) and dtype == torch.bfloat16:
         own = replace(parts, unet=copy.deepcopy(parts.unet))
         found["linear layers in float8"] = ready(own, device, dtype, float8=True), GUIDANCE

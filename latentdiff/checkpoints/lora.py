@@ -26,6 +26,7 @@ from latentdiff.checkpoints import keymap
 from latentdiff.checkpoints.files import CheckpointError, TensorFile, open_tensors, read_json, some_names
 from latentdiff.checkpoints.fill import on_meta
 from latentdiff.models.float8 import Float8Linear
+from latentdiff.models.int8 import Int8
 from latentdiff.models.narrow import Narrow
 from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
@@ -292,8 +293,8 @@ def with_loras(networks: Networks, loras: Sequence[tuple[Lora, float]], *, merge
     made = {}
     for network, module in networks.items():
         changes = {name: found for (where, name), found in by_weight.items() if where == network}
-        if changes and any(isinstance(m, Narrow | Float8Linear) for m in module.modules()):
-            raise ValueError("lora can not be added to weights that were narrowed (float8, weights): give `lora` to `load`")
+        if changes and any(isinstance(m, Narrow | Int8 | Float8Linear) for m in module.modules()):
+            raise ValueError("lora can not be added to weights that were narrowed (float8, int8, weights): give `lora` to `load`")
         made[network] = (_merged if merge else _hooked)(module, changes) if changes else module
     return made
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -61,6 +63,15 @@ def multiplies_bfloat16() -> bool:
     return has("avx512_bf16", "_is_avx512_bf16_supported") or has("amx_bf16", "_is_amx_tile_supported")
 
 
+@cache
+def multiplies_int8(dtype: torch.dtype) -> bool:
+    """Whether the CPU adds products of 8-bit numbers in 32 bits (VNNI, AMX), and this torch has the (private) operators, with
+    results of this dtype. Older CPUs add pairs in 16 bits, which overflow."""
+    has_own = has("avx512_vnni", "_is_vnni_supported") or has("avx_vnni", "_is_vnni_supported")
+    products = (getattr(torch.ops.onednn, name, None) for name in ("qlinear_pointwise", "qconv2d_pointwise"))
+    return has_own and has_operators(dtype) and all(p is not None and "tensor" in p.overloads() for p in products)
+
+
 def has(ability: str, older: str) -> bool:
     """Torch tells; an older one only by names that are not public."""
     if hasattr(torch.cpu, "get_capabilities"):
@@ -94,11 +105,7 @@ def linear(
 def feed_forward(
     inner: nn.Linear, outer: nn.Linear, x: Float[Tensor, "b n c"], other: Float[Tensor, "b n c"]
 ) -> Float[Tensor, "b n c"]:
-    """other + outer(half of inner(x), gated by the GELU of the other half).
-
-    So few rows at once that what lies between takes 12 MiB: memory that is used again, where asking for more would take as long as
-    the products.
-    """
+    """other + outer(half of inner(x), gated by the GELU of the other half)."""
     hidden = outer.in_features
     values, gates = inner.weight.split(hidden)
     of_values, of_gates = (None, None) if inner.bias is None else inner.bias.split(hidden)
@@ -107,6 +114,15 @@ def feed_forward(
         y = linear(x, values, of_values, times=linear(x, gates, of_gates, gelu=True))
         return linear(y, outer.weight, outer.bias, add=other)
 
+    return by_rows(made, x, other, hidden)
+
+
+def by_rows(
+    made: Callable[[Tensor, Tensor], Tensor], x: Float[Tensor, "b n c"], other: Float[Tensor, "b n c"], hidden: int
+) -> Float[Tensor, "b n c"]:
+    """made(x, other), so few rows at once that what lies between, `hidden` numbers a row, takes 12 MiB: memory that is used again,
+    where asking for more would take as long as the products.
+    """
     parts = -(-x[..., 0].numel() * hidden // PART)
     if parts == 1:
         return made(x, other)
@@ -133,3 +149,30 @@ def convolution(
 def ordered(weight: Tensor, shape: torch.Size, *where: object) -> Tensor:
     """A copy of a convolution's weights in the order in which its kernel reads them, for inputs of this shape."""
     return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *where, shape)  # pyright: ignore
+
+
+def packed_int8(weight: Tensor, scale: Float[Tensor, " out"], where: tuple[object, ...] | None) -> Tensor:
+    """8-bit weights in their kernel's order, a linear layer's turned; where: as for `convolution`, or None."""
+    if where is None:
+        return torch.ops.onednn.qlinear_prepack(weight, None)
+    padding, *others = where
+    # An input's scale and zero are told at each call; here counts that there is a zero.
+    return torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 128, others[0], padding, *others[1:], None)
+
+
+def product_int8(
+    x: tuple[Tensor, Tensor, Tensor],
+    weight: tuple[Tensor, Tensor, Tensor],
+    bias: Float[Tensor, " out"] | None,
+    where: tuple[object, ...] | None,
+    dtype: torch.dtype,
+    *,
+    gelu: bool = False,
+) -> Tensor:
+    """(q - zero) scale of both multiplied, or GELU of it. x: q in uint8 with channels last, one scale and zero; weight: q as
+    `packed_int8` gives it, a scale for each output and zeros."""
+    after: Any = 1.0, 0, dtype, *(("gelu", [], "none") if gelu else ("none", [], ""))
+    if where is None:
+        return torch.ops.onednn.qlinear_pointwise.tensor(*x, *weight, bias, *after)
+    padding, stride, *others = where
+    return torch.ops.onednn.qconv2d_pointwise.tensor(*x, *weight, bias, stride, padding, *others, *after)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentdiff.models.attention import KeysValues
+from latentdiff.models.int8 import Int8
 from latentdiff.models.state import Watch
 from latentdiff.models.unet import UNet, halves_alike
 
@@ -28,7 +29,8 @@ PLACES = 4096  # of all maps of a batch, at most: on larger ones the operations 
 def is_small(network: nn.Module) -> bool:
     """Whether, on a CPU, a step's operations take so little time that finding out which they are counts."""
     weights = [*network.state_dict().values()]  # where they are kept in fewer bits, they are no parameters
-    return weights[0].device.type == "cpu" and sum(w.numel() for w in weights) <= SMALL
+    packed = (module.packed for module in network.modules() if isinstance(module, Int8))
+    return weights[0].device.type == "cpu" and sum(w.numel() for w in (*weights, *packed)) <= SMALL
 
 
 class Changed(Exception):
