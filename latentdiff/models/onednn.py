@@ -14,6 +14,7 @@ from torch import Tensor, nn
 enabled = True  # the benchmark's ladder stands on both rungs
 
 PART = 6 << 20  # numbers between the two products of a feed-forward net
+REUSED = 32 << 20  # bytes: larger memory glibc takes from the system anew each time, page by page
 
 
 def takes(x: Tensor, *layers: nn.Module) -> bool:
@@ -139,8 +140,17 @@ def convolution(
     *where: object,
     add: Float[Tensor, "b out h2 w2"] | None = None,
 ) -> Float[Tensor, "b out h2 w2"]:
-    """The convolution of a channels-last map, added to something; `where`: padding, stride, dilation, groups."""
+    """The convolution of a channels-last map, added to something; `where`: padding, stride, dilation, groups.
+
+    So few outputs at once that the weights, which the kernel copies into its order at every call, take memory that is used again:
+    2560 to 1280 channels in bfloat16 on 8×8 take 26 ms and not 46, on 16×16 75 and not 91 (two cores of Zen 4).
+    """
     run = torch.ops.mkldnn._convolution_pointwise
+    parts = -(-weight.numel() * weight.element_size() // REUSED)
+    if parts > 1:
+        biases = [None] * parts if bias is None else bias.chunk(parts)
+        y = torch.cat([run.default(x, *some, *where, "none", [], "") for some in zip(weight.chunk(parts), biases, strict=False)], 1)
+        return y if add is None else y.add_(add)
     if add is not None:
         return run.binary(x, add, weight, bias, *where, "add", 1.0, None, [], None)
     return run.default(x, weight, bias, *where, "none", [], "")

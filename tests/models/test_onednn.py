@@ -72,8 +72,9 @@ def test_the_feed_forward_net_at_once_and_in_parts(part, turned, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
-@pytest.mark.parametrize("way", ["as it is", "ordered", "as a product"])
+@pytest.mark.parametrize("way", ["as it is", "ordered", "as a product", "in parts"])
 def test_a_convolution_and_what_follows(dtype, bias, kernel, stride, way, monkeypatch):
+    monkeypatch.setattr(onednn, "REUSED", 2000 if way == "in parts" else onednn.REUSED)
     monkeypatch.setattr(Conv2d, "light", 1 << 20 if way == "ordered" else 0)
     monkeypatch.setattr(Conv2d, "heavy", 1)
     monkeypatch.setattr(Conv2d, "is_faster_as_product", lambda *_: way == "as a product" and (kernel, stride) == (3, 1))
