@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from latentdiff.diffusion.schedules import SPACINGS
     from latentdiff.images import Images, read_recipe
     from latentdiff.loading import load
-    from latentdiff.pipeline import NonFiniteError, Pipeline, Progress
+    from latentdiff.pipeline import Pipeline, Progress
     from latentdiff.refine import refine
+    from latentdiff.sound import NonFiniteError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +39,7 @@ _HOMES = {
     "Images": "images",
     "read_recipe": "images",
     "load": "loading",
+    "NonFiniteError": "sound",
     "adapt": "adapt",
     "refine": "refine",
     "inspect": "checkpoints.report",

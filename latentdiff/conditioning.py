@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -89,6 +90,50 @@ class Stage:
 
     def finite(self) -> bool:
         return all(cond.finite() for cond in (self.negative, *(cond for cond, _ in self.parts)))
+
+
+def joined(conds: Sequence[Cond]) -> Cond:
+    first, *rest = conds
+    for cond in rest:
+        first = first.join(cond)
+    return first
+
+
+def shared(make: Callable[..., Cond]) -> Callable[..., Cond]:
+    """make(*conditions), once for the same conditions as long as what it made is in use."""
+    known: WeakValueDictionary[tuple[int, ...], Cond] = WeakValueDictionary()
+
+    def call(*conds: Cond) -> Cond:
+        key = tuple(map(id, conds))
+        made = known.get(key)
+        if made is None:
+            made = known[key] = replace(make(*conds), of=conds)  # held, since an id is good for as long as its owner lives
+        return made
+
+    return call
+
+
+def grouped(items: Sequence[list[Stage]], most: int) -> list[list[list[Stage]]]:
+    """Neighbours of one length in groups of at most `most`: contexts of different lengths do not fit in one tensor."""
+    groups: list[list[list[Stage]]] = []
+    for item in items:
+        if groups and len(groups[-1]) < most and groups[-1][-1][0].negative.tokens == item[0].negative.tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def together(stages: Sequence[Stage], join: Callable[..., Cond]) -> Cond | list[tuple[Cond, Tensor]]:
+    """The prompts of several pictures as one batch; where a picture has several, as parts with a weight for each picture.
+
+    A picture with fewer parts than another repeats its first at weight 0. join: (conditions) -> one of all.
+    """
+    n = max(len(stage.parts) for stage in stages)
+    slots = [[(stage.parts[k] if k < len(stage.parts) else (stage.parts[0][0], 0.0)) for stage in stages] for k in range(n)]
+    if n == 1 and all(weight == 1 for _, weight in slots[0]):
+        return join(*(cond for cond, _ in slots[0]))
+    return [(join(*(cond for cond, _ in slot)), torch.tensor([weight for _, weight in slot])) for slot in slots]
 
 
 @dataclass(frozen=True)

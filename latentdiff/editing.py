@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from latentdiff import images, inversion, request
 from latentdiff import prompt_to_prompt as p2p
-from latentdiff.conditioning import Cond, TextEncoder
+from latentdiff.conditioning import Cond, TextEncoder, joined
 from latentdiff.diffusion.denoiser import Denoise, Denoiser
 from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Randn
@@ -32,6 +32,7 @@ from latentdiff.models.attention import Attend, sdpa
 from latentdiff.models.unet import UNet
 from latentdiff.origin import Canvas, Given, begun, canvas, listed, shortened
 from latentdiff.request import Request, number, shown
+from latentdiff.sound import finite, sound
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -364,7 +365,6 @@ def img2img(pipe: Pipeline, jobs: Sequence[Job]) -> list[Done]:
 
 def conditions(pipe: Pipeline, asked: Request, alike: bool = False) -> list[tuple[Cond, Cond]]:
     """Conditions of each prompt, as it stands, and of its negative; alike: all as long as the longest needs."""
-    from latentdiff.pipeline import sound
 
     def encode(text: TextEncoder) -> list[tuple[Cond, Cond]]:
         if alike:
@@ -388,8 +388,6 @@ class Result:
 
 def sound_run(pipe: Pipeline, jobs: Sequence[Job], progress: bool) -> Result:
     """The inversion and the edit; once more in float32 where the U-Net overflows its dtype."""
-    from latentdiff.pipeline import finite, joined, sound
-
     with torch.no_grad():
         alike = jobs[0].plan.inversion == "null-text"  # the contexts found for the source are the target's too
         told = [conditions(pipe, job.asked, alike) for job in jobs]  # [job][source, target] -> (prompt, negative)
@@ -534,8 +532,6 @@ def invert(
 @torch.no_grad()
 def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: float, progress: bool) -> Images:
     """`Pipeline.attention` for a request of one picture: it, and a heat map over it for each word."""
-    from latentdiff.pipeline import finite, sound
-
     check_model(pipe)
     ((cond, uncond),) = conditions(pipe, asked)
     found = p2p.words(pipe.text, asked.prompts[0], cond.tokens)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from latentdiff import __version__, images, memory, request
 from latentdiff.checkpoints.families import ModelSpec, noise_schedule
-from latentdiff.conditioning import Cond, Stage, TextEncoder
+from latentdiff.conditioning import Cond, Stage, TextEncoder, grouped, joined, shared, together
 from latentdiff.diffusion.denoiser import Denoise, Denoiser, Network
 from latentdiff.diffusion.guidance import guided, scheduled
 from latentdiff.diffusion.rules import Rule
@@ -33,30 +30,13 @@ from latentdiff.models.vae import VAE
 from latentdiff.models.vae_tiny import TinyVAE
 from latentdiff.origin import Given, Sides, begun, canvases, prompts
 from latentdiff.request import Request
+from latentdiff.sound import NonFiniteError, finite, in_float32, sound
 
 if TYPE_CHECKING:
     from latentdiff.editing import Edits, Finder, Method
     from latentdiff.prompt_to_prompt import Way
 
-T = TypeVar("T")
 BATCH = 8  # pictures in one network call where no other number is asked for; on a CPU 1
-
-
-class Part(Protocol):
-    """What holds weights: a network, or the text encoder with its towers."""
-
-    def parameters(self) -> Iterator[Tensor]: ...
-    def float(self) -> Any: ...
-
-
-M = TypeVar("M", bound=Part)
-
-
-class NonFiniteError(FloatingPointError):
-    """A stage gave NaN or infinity in float32, so that there is no picture. The message names the stage."""
-
-    def __init__(self, stage: str) -> None:
-        super().__init__(f"the {stage} gave NaN or infinity, in float32: its weights or its input are damaged; no picture was made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -538,29 +518,6 @@ def finished(run: Run, progress: bool) -> Images:
     return last.pipe.pictures(last.z, last.request)
 
 
-def grouped(items: Sequence[list[Stage]], most: int) -> list[list[list[Stage]]]:
-    """Neighbours of one length in groups of at most `most`: contexts of different lengths do not fit in one tensor."""
-    groups: list[list[list[Stage]]] = []
-    for item in items:
-        if groups and len(groups[-1]) < most and groups[-1][-1][0].negative.tokens == item[0].negative.tokens:
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return groups
-
-
-def together(stages: Sequence[Stage], join: Callable[..., Cond]) -> Cond | list[tuple[Cond, Tensor]]:
-    """The prompts of several pictures as one batch; where a picture has several, as parts with a weight for each picture.
-
-    A picture with fewer parts than another repeats its first at weight 0. join: (conditions) -> one of all.
-    """
-    n = max(len(stage.parts) for stage in stages)
-    slots = [[(stage.parts[k] if k < len(stage.parts) else (stage.parts[0][0], 0.0)) for stage in stages] for k in range(n)]
-    if n == 1 and all(weight == 1 for _, weight in slots[0]):
-        return join(*(cond for cond, _ in slots[0]))
-    return [(join(*(cond for cond, _ in slot)), torch.tensor([weight for _, weight in slot])) for slot in slots]
-
-
 def told_scale(network: Network, scale: float, dim: int) -> Network:
     """A distilled U-Net with the guidance scale as its input: sinusoids of 1000 · (scale - 1) (Luo et al., arXiv 2310.04378)."""
     angles = 1000 * (scale - 1) * torch.exp(-math.log(10000) / (dim // 2 - 1) * torch.arange(dim // 2))
@@ -570,47 +527,3 @@ def told_scale(network: Network, scale: float, dim: int) -> Network:
         return network(x, t, context, vector, guidance_embedding=embedding.to(x).expand(len(x), -1), **seams)  # type: ignore[call-arg]
 
     return told
-
-
-def joined(conds: Sequence[Cond]) -> Cond:
-    first, *rest = conds
-    for cond in rest:
-        first = first.join(cond)
-    return first
-
-
-def shared(make: Callable[..., Cond]) -> Callable[..., Cond]:
-    """make(*conditions), once for the same conditions as long as what it made is in use."""
-    known: WeakValueDictionary[tuple[int, ...], Cond] = WeakValueDictionary()
-
-    def call(*conds: Cond) -> Cond:
-        key = tuple(map(id, conds))
-        made = known.get(key)
-        if made is None:
-            made = known[key] = replace(make(*conds), of=conds)  # held, since an id is good for as long as its owner lives
-        return made
-
-    return call
-
-
-def finite(x: Tensor) -> bool:
-    return bool(x.isfinite().all())
-
-
-def sound(stage: str, part: M, compute: Callable[[M], T], is_sound: Callable[[T], bool]) -> T:
-    """compute(part), and once more in float32 if the result is not finite. Errors: NonFiniteError that names the stage."""
-    result = compute(part)
-    if not is_sound(result):
-        result = compute(in_float32(stage, part))
-    if not is_sound(result):
-        raise NonFiniteError(stage)
-    return result
-
-
-def in_float32(stage: str, part: M) -> M:
-    """A float32 copy of a part of the model that overflowed its own dtype. Errors: NonFiniteError if float32 it was."""
-    dtype = next(iter(part.parameters())).dtype
-    if dtype == torch.float32:
-        raise NonFiniteError(stage)
-    warnings.warn(f"the {stage} gave NaN or infinity in {dtype}; computing again in float32", stacklevel=2)
-    return copy.deepcopy(part).float()

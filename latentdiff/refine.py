@@ -18,8 +18,9 @@ from latentdiff.diffusion.guidance import scheduled
 from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Step
 from latentdiff.images import Images
-from latentdiff.pipeline import NonFiniteError, Pipeline, Progress, Run, finished
+from latentdiff.pipeline import Pipeline, Progress, Run, finished
 from latentdiff.request import Request, number
+from latentdiff.sound import NonFiniteError
 
 HANDOFF = 0.8  # of the times of training, from the noisiest on, are the base's: what SDXL was released with
 

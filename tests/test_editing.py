@@ -13,7 +13,7 @@ from latentdiff import editing
 from latentdiff import images as I
 from latentdiff.diffusion.rules import pag
 from latentdiff.editing import Edits
-from latentdiff.pipeline import NonFiniteError
+from latentdiff.sound import NonFiniteError
 
 FEW = {"steps": 4, "seed": 3, "progress": False}
 TWO = FEW | {"steps": 2}

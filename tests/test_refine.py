@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from latentdiff.conditioning import TextEncoder
-from latentdiff.pipeline import NonFiniteError, Pipeline
+from latentdiff.pipeline import Pipeline
 from latentdiff.refine import refine
+from latentdiff.sound import NonFiniteError
 
 
 @pytest.mark.parametrize(

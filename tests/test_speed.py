@@ -25,7 +25,7 @@ from latentdiff.models.fused import norm_silu
 from latentdiff.models.graphs import Graphed
 from latentdiff.models.onednn import multiplies_bfloat16
 from latentdiff.models.unet import UNet
-from latentdiff.pipeline import in_float32
+from latentdiff.sound import in_float32
 
 CPU = torch.device("cpu")
 
