@@ -57,6 +57,10 @@ class Cond:
         pairs = zip(self._tensors(), other._tensors(), strict=True)
         return self._like([torch.cat(pair) for pair in pairs])
 
+    def rows(self, which: Sequence[int]) -> Cond:
+        """Those of these pictures, which may come several times."""
+        return self._like([tensor[list(which)] for tensor in self._tensors()])
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         return self._like([tensor.to(device=device, dtype=dtype) for tensor in self._tensors()])
 

@@ -209,11 +209,12 @@ class Edited:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """One edit: what is asked, of which picture, and the request of its two prompts."""
+    """One edit: what is asked, of which picture, and the request of its two prompts. known: the last inversion, of all in a call."""
 
     plan: Plan
     work: Canvas | None
     asked: Request
+    known: dict[Any, Inversion]
 
     def told(self) -> Request:
         """The request of the target alone."""
@@ -248,10 +249,12 @@ def edit(
     works = [None if picture is None else canvas(picture, where, **options) for picture, where in pictures]
     edits = matched(**{"photo and mask": works, "source and target": plans, "negative": negatives})
     first = request.seeds(seed, len(edits))
+    known: dict[Any, Inversion] = {}
     jobs = [
         Job(
             plan=plan,
             work=work,
+            known=known,
             asked=request.request(
                 pipe.spec,
                 pipe.schedule,
@@ -510,13 +513,26 @@ def invert(
     z: Float[Tensor, "b c h w"] | None,
     sigmas: Float[Tensor, " steps+1"],
 ) -> Inversion:
-    """The runs that rebuild z; from noise where there are no pictures."""
-    plan, asked = jobs[0].plan, jobs[0].asked
-    randn: Randn = request.randn([job.asked.seeds[0] for job in jobs])
+    """The runs that rebuild z, one for all edits of the same picture; from noise where there are no pictures."""
+    plan, asked, seeds = jobs[0].plan, jobs[0].asked, [job.asked.seeds[0] for job in jobs]
     if z is None:
-        start = pipe.noise(replace(asked, prompts=tuple(job.plan.source for job in jobs)), randn)
+        start = pipe.noise(replace(asked, prompts=tuple(job.plan.source for job in jobs)), request.randn(seeds))
         return Inversion(sigmas=sigmas, states=(start,))
-    cond, uncond = conds
+    seeded = plan.inversion == "edit-friendly"
+    keys = [(id(job.work), job.plan.source, job.asked.negatives[0], seeded and job.asked.seeds[0]) for job in jobs]
+    first = {key: keys.index(key) for key in keys}  # its first row
+    of_all, known = (make.dtype, conds[0].tokens, *first), jobs[0].known
+    if of_all not in known:
+        known.clear()
+        rows = [*first.values()]
+        randn = request.randn([seeds[k] for k in rows])
+        known[of_all] = invert_alone(make, plan, conds[0].rows(rows), conds[1].rows(rows), z[rows], sigmas, randn)
+    return known[of_all].rows([[*first].index(key) for key in keys])
+
+
+def invert_alone(
+    make: Maker, plan: Plan, cond: Cond, uncond: Cond, z: Float[Tensor, "b c h w"], sigmas: Float[Tensor, " steps+1"], randn: Randn
+) -> Inversion:
     if plan.inversion == "edit-friendly":
         return inversion.edit_friendly(make.plain(cond), z, sigmas, randn)
     found = inversion.ddim(make.plain(cond), z, sigmas)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +37,12 @@ class Inversion:
     noises: tuple[Latents, ...] = ()
     rest: Latents | None = None
     nulls: tuple[Context, ...] = ()
+
+    def rows(self, which: Sequence[int]) -> Inversion:
+        """Those of these pictures, which may come several times."""
+        states, noises, nulls = (tuple(x[list(which)] for x in kept) for kept in (self.states, self.noises, self.nulls))
+        rest = None if self.rest is None else self.rest[list(which)]
+        return replace(self, states=states, noises=noises, rest=rest, nulls=nulls)
 
     def randn(self) -> Randn:
         """The noises in their order, over again for each run beside the first."""

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import latentdiff
-from latentdiff import editing
+from latentdiff import editing, inversion
 from latentdiff import images as I
 from latentdiff.diffusion.rules import pag
 from latentdiff.editing import Edits
@@ -230,6 +230,24 @@ def test_one_photo_takes_several_targets(tiny_pipe):
     assert same(edits[1], tiny_pipe.edit(photo(), source="a cat", target="a red apple", **TWO | {"seed": 4})[0])
     made = tiny_pipe.edit(None, source=["a cat", "a house"], target="a dog", **TWO)
     assert same(made.before[1], tiny_pipe.edit(None, source="a house", target="a dog", **TWO | {"seed": 4}).before[0])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize(("inverted", "way"), [("ddim", "ddim"), ("null-text", "ddim"), ("edit-friendly", "edit_friendly")])
+def test_a_photo_is_inverted_once_for_all_targets(tiny_pipe, monkeypatch, inverted, way, batch):
+    targets, rows, plain = ["a dog", "a red apple", "a house"], [], getattr(inversion, way)
+    options = TWO | {"source": "a cat", "method": "prompt-to-prompt", "inversion": inverted, "guidance": 2.0}
+    alone = [tiny_pipe.edit(photo(), target=t, **options | {"seed": TWO["seed"] + k}) for k, t in enumerate(targets)]
+    monkeypatch.setattr(inversion, way, lambda denoise, z, *rest: rows.append(len(z)) or plain(denoise, z, *rest))
+    edits = tiny_pipe.edit(photo(), target=targets, batch=batch, **options)
+    assert sum(rows) == (3 if inverted == "edit-friendly" else 1)  # which draws other noise for each
+    for k in range(3):
+        assert close(edits[k], alone[k][0])
+        assert batch > 1 or same(edits[k], alone[k][0])
+        assert edits.reports[k].rebuilt == pytest.approx(alone[k].reports[0].rebuilt, abs=0.05)
+    rows.clear()
+    tiny_pipe.edit([photo(), photo(seed=1), photo()], target=targets, batch=batch, **options)
+    assert sum(rows) == 3
 
 
 @pytest.mark.parametrize("method", METHODS)
