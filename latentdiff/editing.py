@@ -209,7 +209,7 @@ class Edited:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """One edit: what is asked, of which picture, and the request of its two prompts. known: the last inversion, of all in a call."""
+    """One edit: what is asked, of which picture, and the request of its two prompts. known: all edits' last inversion."""
 
     plan: Plan
     work: Canvas | None
