@@ -99,6 +99,7 @@ def generate(
     handoff: float | None = None,
     allow_pickle: bool = False,
     compile: bool = False,
+    int8: bool = False,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
 ) -> None:
     """Make pictures from text and write them, PNGs with the recipe that makes them again.
@@ -166,6 +167,8 @@ def generate(
         Also read .ckpt and .bin files (tensors only; nothing in them is executed).
     compile
         Compile the U-Net first: slow to start, then faster.
+    int8
+        The U-Net's products in 8 bits, on a CPU with VNNI or AMX: large models are faster, the picture is nearly the same.
     quiet
         No progress bar.
     """
@@ -197,7 +200,7 @@ def generate(
 
     from latentdiff.loading import load
 
-    common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "compile": compile}
+    common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "compile": compile, "int8": int8}
     added = {"lora": scales(lora or []), "embeddings": words(embedding or [])}
     pipe = load(model, prediction=prediction, vae=vae, **added, **common)
     if refiner is None:

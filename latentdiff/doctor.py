@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from latentdiff import __version__
 from latentdiff.checkpoints.io import read_folder
 from latentdiff.loading import best_device, best_dtype, embedded
+from latentdiff.models.onednn import multiplies_int8
 
 NEEDED = ("torch", "transformers", "open_clip_torch", "einops", "safetensors", "pillow", "tokenizers")
 OPTIONAL = {"accelerate": "train", "resvg-py": "train", "tensorboard": "tensorboard", "matplotlib": "eval", "diffusers": "test"}
@@ -90,7 +91,8 @@ def devices() -> Iterator[Finding]:
         yield Finding(f"cuda:{i}", f"{info.name}, {info.total_memory / 2**30:.1f} GiB, compute {info.major}.{info.minor}")
     if torch.backends.mps.is_available():
         yield Finding("mps", "Apple GPU")
-    yield Finding("cpu", f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+    what = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    yield Finding("cpu", f"{what}, products in 8 bits (--int8)" if multiplies_int8(torch.float32) else what)
 
 
 def choice() -> Finding:

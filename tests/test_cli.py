@@ -228,6 +228,19 @@ def test_the_command_from_outside_with_no_network(tiny_folder, tmp_path):
     assert Image.open(tmp_path / "cat.png").size == (32, 32)
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_products_in_8_bits_are_asked_for_and_told_of(run, monkeypatch, able):
+    from latentdiff import doctor
+
+    def load(*_, int8: bool, **__):
+        raise ValueError(f"int8 is {int8}")
+
+    monkeypatch.setattr("latentdiff.loading.load", load)
+    assert f"int8 is {able}" in run("generate", "a cat", *["--int8"] * able)[2]
+    monkeypatch.setattr(doctor, "multiplies_int8", lambda _: able)
+    assert ("products in 8 bits (--int8)" in run("doctor")[1]) is able
+
+
 # -------------------------------------------------------------------------------------------------------------------- doctor
 
 
