@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentdiff.adapt import adapt
+    from latentdiff.adapting import adapt
     from latentdiff.checkpoints.report import inspect
     from latentdiff.checkpoints.save import convert
     from latentdiff.diffusion.samplers import SAMPLERS, Step
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from latentdiff.images import Images, read_recipe
     from latentdiff.loading import load
     from latentdiff.pipeline import Pipeline, Progress
-    from latentdiff.refine import refine
+    from latentdiff.refining import refine
     from latentdiff.sound import NonFiniteError
 
 __version__ = "0.1.0"
@@ -40,8 +40,8 @@ _HOMES = {
     "read_recipe": "images",
     "load": "loading",
     "NonFiniteError": "sound",
-    "adapt": "adapt",
-    "refine": "refine",
+    "adapt": "adapting",
+    "refine": "refining",
     "inspect": "checkpoints.report",
     "convert": "checkpoints.save",
 }

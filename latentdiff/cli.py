@@ -206,7 +206,7 @@ def generate(
     if refiner is None:
         images = pipe(**options, progress=not quiet)
     else:
-        from latentdiff.refine import refine
+        from latentdiff.refining import refine
 
         options |= {} if handoff is None else {"handoff": handoff}
         images = refine(pipe, load(refiner, vae=vae, **common), options.pop("prompt"), **options, progress=not quiet)

@@ -56,8 +56,8 @@ def load(
     lora, embeddings: files, as in `adapt`. compile: U-Net and decoder with torch.compile: the same picture, slow to start and then
     faster.
     float8: the U-Net's linear layers in 8 bits, on NVIDIA GPUs of 2022 and later: nearly the same picture.
-    int8: the U-Net's products in 8 bits, on CPUs with VNNI or AMX: faster where it is large, half of bfloat16's memory, nearly the
-    same picture, which depends a little on those of its batch.
+    int8: the U-Net's products in 8 bits, on CPUs with VNNI or AMX: faster where it is large, about half of bfloat16's memory,
+    nearly the same picture. Pictures that share a call of the network (`batch`; on a CPU one by one) move each other as much.
     weights: "int8" or "bfloat16": the U-Net's kept so on a CPU and widened where used: less memory, nearly the same picture.
     cache: the deep features of a step serve so many steps (Ma et al., arXiv 2312.00858): 2 or 3 is faster, and another picture.
     Errors: FileNotFoundError; ValueError for an unknown device or dtype and for options that do not fit them; CheckpointError for a
@@ -106,9 +106,8 @@ def ready(
     if int8:
         quantise_int8(unet)
     small = is_small(unet)
-    if (device.type == "cuda" or small) and not (float8 or int8 or weights):
-        for attention in (m for m in unet.modules() if isinstance(m, Attention) and not m.cross):
-            attention.join()
+    if not (float8 or int8 or weights):
+        join_attentions(unet)
     if compile:
         vae.decoder.compile(**compile_options(device))
     return Pipeline(
@@ -137,6 +136,17 @@ def check(
         quantise_int8(small)
     if weights is not None:
         narrow(small, weights)
+
+
+def join_attentions(unet: UNet) -> None:
+    """One product for the queries, keys and values of a self-attention, where to start three counts: on CUDA, in small networks.
+
+    Not under LoRAs that are not merged, where it would go unused: the weights stay those of the network that they are shared with.
+    """
+    if next(unet.parameters()).device.type == "cuda" or is_small(unet):
+        for attention in (m for m in unet.modules() if isinstance(m, Attention) and not m.cross):
+            if not any(layer._forward_hooks for layer in (attention.to_q, attention.to_k, attention.to_v)):
+                attention.join()
 
 
 def network(unet: UNet, compile: bool) -> Network | None:

@@ -1,24 +1,28 @@
 """LoRAs and words on a pipeline: another pipeline; the first makes the same pictures as before."""
 
+from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from PIL import Image
 
 from latentdiff import cli
-from latentdiff.adapt import adapt
+from latentdiff.adapting import adapt
 from latentdiff.checkpoints.adapted import scaled, worded
 from latentdiff.checkpoints.files import CheckpointError, write_safetensors
+from latentdiff.models import recorded
+from latentdiff.models.attention import Attention
 from latentdiff.models.caching import Cached
 
 FEW = {"steps": 2, "seed": 1, "progress": False}
 
 
-def lora(pipe, path):
+def lora(pipe, path, part="attn"):
     tensors = {}
     for key, w in pipe.unet.state_dict().items():
-        if "attn" in key and w.ndim == 2:
+        if part in key and w.ndim == 2:
             name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
             generator = torch.Generator().manual_seed(len(tensors))
             tensors[f"{name}.lora_down.weight"] = torch.randn(2, w.shape[1], generator=generator)
@@ -63,6 +67,38 @@ def test_what_is_on_already_stays_on(tiny_pipe, tmp_path):
 
 def differ(a: bytes, b: bytes) -> int:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def products(pipe):
+    """Of each self-attention: the weights that make queries, keys and values in one product; None where three do."""
+    return [m.joined() for m in pipe.unet.modules() if isinstance(m, Attention) and not m.cross]
+
+
+def places(pipe):
+    return {name: weight.data_ptr() for name, weight in pipe.unet.state_dict().items()}
+
+
+@torch.no_grad()
+def test_one_product_makes_queries_keys_and_values_as_in_a_loaded_model(tiny_pipe, tmp_path, monkeypatch):
+    """A copy of the model, in which three do, is the oracle. What no LoRA changes is not copied for it."""
+    before, there = picture(tiny_pipe), places(tiny_pipe)
+    everywhere, elsewhere, keys = (lora(tiny_pipe, tmp_path / f"{part}.st", part) for part in ("attn", "attn2", "attn1.to_k"))
+    for path, merge in product((everywhere, elsewhere, keys), (True, False)):
+        on = adapt(tiny_pipe, lora={path: 0.08}, merge=merge)
+        plain = replace(on, unet=deepcopy(on.unet), network=None)
+        heard = not merge and path is not elsewhere  # each layer by itself
+        assert all((whole is None) is heard for whole in products(on))
+        assert all(whole is None for whole in products(plain))
+        assert differ(picture(on), picture(plain)) <= 1
+        changed = {name for name, place in places(on).items() if place != there[name]}
+        if not merge:
+            assert not changed
+        elif path is elsewhere:
+            assert all("attn2" in name for name in changed)
+    assert (picture(tiny_pipe), places(tiny_pipe)) == (before, there)
+    assert all(whole is not None for whole in products(tiny_pipe))
+    monkeypatch.setattr(recorded, "SMALL", 0)
+    assert all(whole is None for whole in products(adapt(tiny_pipe, lora=everywhere)))
 
 
 def test_words(tiny_pipe, tmp_path):

@@ -1,6 +1,8 @@
 """The pipeline: the same picture as diffusers', whatever the batch, and never one from bad input."""
 
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -619,10 +621,19 @@ def test_schedules_of_specs():
         assert torch.equal(noise_schedule(spec).abar, schedule.abar)
 
 
-def test_the_public_names_are_there_and_cost_nothing_before_they_are_used():
-    import subprocess
-    import sys
+def test_a_public_name_is_the_same_at_every_use():
+    """In a process of its own: a module of the name would take its place once it is imported."""
+    code = """
+import latentdiff, types
+first = [getattr(latentdiff, name) for name in latentdiff.__all__]
+import latentdiff.cli
+again = [getattr(latentdiff, name) for name in latentdiff.__all__]
+assert all(a is b and not isinstance(a, types.ModuleType) for a, b in zip(first, again, strict=True)), again
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
+
+def test_the_public_names_are_there_and_cost_nothing_before_they_are_used():
     code = (
         "import sys, latentdiff; assert 'torch' not in sys.modules\n"
         "[getattr(latentdiff, name) for name in latentdiff.__all__]; print(*sys.modules)"

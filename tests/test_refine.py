@@ -6,7 +6,7 @@ import torch
 
 from latentdiff.conditioning import TextEncoder
 from latentdiff.pipeline import Pipeline
-from latentdiff.refine import refine
+from latentdiff.refining import refine
 from latentdiff.sound import NonFiniteError
 
 

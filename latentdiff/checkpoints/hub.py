@@ -20,12 +20,14 @@ def is_id(text: str) -> bool:
     return bool(ID.fullmatch(text)) and not text.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
-def fetch(repo: str, *, variant: str | None = None, revision: str | None = None, allow_pickle: bool = False) -> Path:
+def fetch(
+    repo: str, *, variant: str | None = None, revision: str | None = None, allow_pickle: bool = False, vae: bool = False
+) -> Path:
     """The folder of a hub id in huggingface_hub's cache; only the files that are needed are downloaded.
 
     With HF_HUB_OFFLINE, or where the hub cannot be reached or refuses, what the cache holds is used.
     Errors: FileNotFoundError, or CheckpointError with what the hub says, where that is nothing; CheckpointError for an unknown
-    revision, and for a part that is there as a pickle alone, unless `allow_pickle`.
+    revision, and for a part that is there as a pickle alone, unless `allow_pickle`. vae: only its autoencoder is needed.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
@@ -44,7 +46,7 @@ def fetch(repo: str, *, variant: str | None = None, revision: str | None = None,
                 if refused and not getattr(nothing, "snapshot_path", None):
                     raise error from None
                 raise
-        files = needed(repo, [file.rfilename for file in info.siblings or []], variant, allow_pickle=allow_pickle)
+        files = needed(repo, [file.rfilename for file in info.siblings or []], variant, allow_pickle=allow_pickle, vae=vae)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except LocalEntryNotFoundError as error:
         if part := getattr(error, "snapshot_path", None):  # "incomplete": the files that we never fetch are not there
@@ -58,12 +60,14 @@ def fetch(repo: str, *, variant: str | None = None, revision: str | None = None,
         raise CheckpointError(f"{repo}: the hub says: {' '.join(said[:2])}") from None
 
 
-def needed(repo: str, files: list[str], variant: str | None, *, allow_pickle: bool = False) -> list[str]:
+def needed(repo: str, files: list[str], variant: str | None, *, allow_pickle: bool = False, vae: bool = False) -> list[str]:
     """Of a repository's files those that a load reads: configurations, and one precision of each part's weights.
 
-    A pickle is taken where a part has nothing else. Errors: CheckpointError for one without `allow_pickle`.
+    vae: those of its autoencoder alone. A pickle is taken where a part has nothing else. Errors: CheckpointError for one without
+    `allow_pickle`.
     """
-    files = [f for f in files if f.rpartition("/")[0] in FOLDERS]
+    own = "" if "config.json" in files else "vae"  # where `io.load_vae` looks
+    files = [f for f in files if f.rpartition("/")[0] in ((own,) if vae else FOLDERS)]
     chosen = [f for f in files if DATA.fullmatch(f)]
     weights: dict[str, dict[str, dict[str, list[str]]]] = {}
     for file in files:

@@ -85,7 +85,7 @@ def load_parts(
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     options = Options(dtype=dtype, device=torch.device(device), allow_pickle=allow_pickle, variant=variant, ema=ema)
     where = locate(path, variant=variant, revision=revision, allow_pickle=allow_pickle)
-    other = None if vae is None else locate(vae, variant=variant, allow_pickle=allow_pickle)
+    other = None if vae is None else locate(vae, variant=variant, allow_pickle=allow_pickle, vae=True)
     if not where.is_dir():
         return _load_single(where, prediction, other, options, spec)
     if ema or spec is not None:
@@ -93,15 +93,25 @@ def load_parts(
     return _load_folder(where, prediction, other, options)
 
 
-def locate(path: str | os.PathLike, *, variant: str | None = None, revision: str | None = None, allow_pickle: bool = False) -> Path:
-    """A file or folder on this machine, fetched first if `path` is a hub id and nothing of that name is here."""
+def locate(
+    path: str | os.PathLike,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    vae: bool = False,
+) -> Path:
+    """A file or folder on this machine, fetched first if `path` is a hub id and nothing of that name is here.
+
+    vae: only an autoencoder is wanted of it.
+    """
     if not os.fspath(path):
         raise ValueError("path is empty: needs a file, a folder or a hub id (owner/name)")
     here = Path(path)
     if here.exists():
         return here
     if isinstance(path, str) and hub.is_id(path):
-        return hub.fetch(path, variant=variant, revision=revision, allow_pickle=allow_pickle)
+        return hub.fetch(path, variant=variant, revision=revision, allow_pickle=allow_pickle, vae=vae)
     raise FileNotFoundError(f"{here}: there is no such file or folder, and it is no hub id (owner/name)")
 
 

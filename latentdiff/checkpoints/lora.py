@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from latentdiff.checkpoints import keymap
 from latentdiff.checkpoints.files import CheckpointError, TensorFile, open_tensors, read_json, some_names
 from latentdiff.checkpoints.fill import on_meta
-from latentdiff.models.float8 import Float8Linear
-from latentdiff.models.int8 import Int8
-from latentdiff.models.narrow import Narrow
+from latentdiff.models.attention import Attention
+from latentdiff.models.narrow import is_narrowed
 from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
 
@@ -293,7 +292,7 @@ def with_loras(networks: Networks, loras: Sequence[tuple[Lora, float]], *, merge
     made = {}
     for network, module in networks.items():
         changes = {name: found for (where, name), found in by_weight.items() if where == network}
-        if changes and any(isinstance(m, Narrow | Int8 | Float8Linear) for m in module.modules()):
+        if changes and is_narrowed(module):
             raise ValueError("lora can not be added to weights that were narrowed (float8, int8, weights): give `lora` to `load`")
         made[network] = (_merged if merge else _hooked)(module, changes) if changes else module
     return made
@@ -307,6 +306,8 @@ def twin(module: Any, state: Mapping[str, Tensor], config: Any = None) -> Any:
     for old, layer in zip(module.modules(), new.modules(), strict=True):
         for addition in [hook for hook in old._forward_hooks.values() if isinstance(hook, Addition)]:
             layer.register_forward_hook(copy(addition))
+        if isinstance(old, Attention) and old._joined is not None and layer.lie_in(old._joined[0]):  # side by side
+            layer._joined = old._joined[0], layer.to_q.weight, layer.to_k.weight, layer.to_v.weight
     return new.requires_grad_(False).train(module.training)
 
 

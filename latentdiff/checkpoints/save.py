@@ -15,6 +15,7 @@ from latentdiff.checkpoints.families import ModelSpec, Prediction
 from latentdiff.checkpoints.files import replacing_folder, some_names, write_json, write_safetensors
 from latentdiff.checkpoints.io import Parts, load_parts, single_sources
 from latentdiff.checkpoints.keymap import Source
+from latentdiff.models.narrow import is_narrowed
 from latentdiff.models.vae_tiny import TinyVAEConfig
 
 # ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec), the metadata of single files that the field reads.
@@ -37,9 +38,11 @@ FOLDER = ("model_index.json", "scheduler", "unet", "vae", *TOWERS, "clip")  # wh
 def save_folder(parts: Parts, path: str | os.PathLike) -> None:
     """Write a model folder (diffusers layout); an older model folder of that name is replaced once the new one is whole.
 
-    Errors: FileExistsError if `path` is anything else than a model folder, or holds more than that.
+    Errors: FileExistsError if `path` is anything else than a model folder, or holds more than that; ValueError for a U-Net in fewer
+    bits.
     """
     spec = parts.spec
+    check_whole(parts)
     check_replaceable(Path(path))
     with replacing_folder(Path(path)) as folder:
         write_json(folder / "model_index.json", configs.index_json(spec))
@@ -52,6 +55,11 @@ def save_folder(parts: Parts, path: str | os.PathLike) -> None:
             tokenizer.write(folder / f"tokenizer{name}", words, tower.pad)
         if parts.clip is not None:
             shutil.copytree(parts.clip, folder / "clip")
+
+
+def check_whole(parts: Parts) -> None:
+    if is_narrowed(parts.unet):
+        raise ValueError("a U-Net that was narrowed (float8, int8, weights) is not that of its files: save it loaded without")
 
 
 def check_replaceable(path: Path) -> None:
@@ -72,8 +80,9 @@ def save_single(parts: Parts, path: str | os.PathLike) -> None:
     """Write one `.safetensors` file in the original naming, with ModelSpec metadata.
 
     A model of no family, or with a tokenizer of its own, gets its configurations and vocabulary into the metadata too.
-    Errors: ValueError for a tiny autoencoder, or anything else that the original layout has no names for.
+    Errors: ValueError for a tiny autoencoder, or anything else without a name in the original layout, and a U-Net in fewer bits.
     """
+    check_whole(parts)
     if isinstance(parts.spec.vae, TinyVAEConfig):
         raise ValueError("a tiny autoencoder has no names in the single-file layout; save a folder, or load the model's own VAE")
     write_safetensors(Path(path), single_tensors(parts), metadata(parts))

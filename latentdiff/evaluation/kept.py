@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.checkpoints.files import CheckpointError, read_json, write_json
 
@@ -54,6 +54,6 @@ class Weighty(Protocol):
 def fingerprint(*parts: Weighty) -> str:
     """16 hexadecimal digits that tell the weights of some networks from others'."""
     found = hashlib.sha256()
-    for p in (p for part in parts for p in part.parameters()):
+    for p in (p for part in parts for p in (part.state_dict().values() if isinstance(part, nn.Module) else part.parameters())):
         found.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]

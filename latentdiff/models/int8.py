@@ -25,7 +25,7 @@ class Int8(nn.Module):
         super().__init__()
         q, self.scale = to_int8(weight.detach())
         self.zero = torch.zeros(len(q), dtype=torch.int32)
-        self.bias = None if bias is None else bias.detach().float()
+        self.bias = None if bias is None else bias.detach().float().clone()
         self.where, self.packed = where, onednn.packed_int8(q, self.scale, where)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -40,8 +40,15 @@ class Int8(nn.Module):
         q = self.packed.to_dense()
         return q.mT.contiguous() if self.where is None else q
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """So that a network tells all that it is made of; to be looked at, and not to be loaded."""
+        told = {"weight": self.unpacked(), "scale": self.scale} | ({} if self.bias is None else {"bias": self.bias})
+        destination.update({prefix + name: tensor for name, tensor in told.items()})
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
+            return self.widened(x)
+        if not (x.numel() and onednn.multiplies_int8(x.dtype)):  # no pictures, or another dtype since
             return self.widened(x)
         if self.where is None:
             return self.product(to_uint8(x), x.dtype)
@@ -53,7 +60,7 @@ class Int8(nn.Module):
         return onednn.product_int8(x, (self.packed, self.scale, self.zero), self.bias, self.where, dtype, gelu=gelu)
 
     def widened(self, x: Tensor) -> Tensor:
-        """With the same weights and x as it is: gradients reach x."""
+        """With the same weights and x as it is; gradients reach x."""
         q, bias = self.unpacked(), None if self.bias is None else self.bias.to(x.dtype)
         weight = (q * along(self.scale, q)).to(x.dtype)
         if self.where is None:
@@ -72,6 +79,11 @@ class Gated(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c2"]:
         return torch.cat([self.values(x), self.gates(x)], -1)
+
+    def takes(self, x: Tensor, outer: nn.Module) -> bool:
+        """Whether `gated` may stand for this and the gates, and `outer` follow in parts: nothing is learnt, nobody listens."""
+        heard = any(map(onednn.listened_to, (self, self.values, self.gates, outer)))
+        return not (heard or torch.is_grad_enabled()) and x.numel() > 0 and onednn.multiplies_int8(x.dtype)
 
     def gated(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b hidden"]:
         """values · gelu(gates) (Shazeer 2020, arXiv 2002.05202, eq. 6)."""

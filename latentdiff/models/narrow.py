@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from latentdiff.models import onednn
 from latentdiff.models.attention import GEGLU, Attention, Transformer
+from latentdiff.models.float8 import Float8Linear
 from latentdiff.models.int8 import Gated, Int8, along, scales
 from latentdiff.models.unet import Downsample, ResBlock, Upsample
 
@@ -80,6 +81,11 @@ def quantise_int8(unet: nn.Module) -> None:
         else:
             where = (layer.padding, layer.stride, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
             setattr(parent, name, Int8(layer.weight, layer.bias, where))
+
+
+def is_narrowed(network: nn.Module) -> bool:
+    """Whether some of its weights are kept in fewer bits than they are used in: they are no longer those of its files."""
+    return any(isinstance(module, Narrow | Int8 | Float8Linear) for module in network.modules())
 
 
 def layers(unet: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | nn.Conv2d]]:

@@ -147,7 +147,7 @@ def convolution(
     """
     run = torch.ops.mkldnn._convolution_pointwise
     parts = -(-weight.numel() * weight.element_size() // REUSED)
-    if parts > 1:
+    if parts > 1 and not weight.is_mkldnn:  # in its order already
         biases = [None] * parts if bias is None else bias.chunk(parts)
         y = torch.cat([run.default(x, *some, *where, "none", [], "") for some in zip(weight.chunk(parts), biases, strict=False)], 1)
         return y if add is None else y.add_(add)

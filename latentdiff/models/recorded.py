@@ -28,7 +28,7 @@ PLACES = 4096  # of all maps of a batch, at most: on larger ones the operations 
 
 def is_small(network: nn.Module) -> bool:
     """Whether, on a CPU, a step's operations take so little time that finding out which they are counts."""
-    weights = [*network.state_dict().values()]  # where they are kept in fewer bits, they are no parameters
+    weights = [*network.parameters(), *network.buffers()]  # where they are kept in fewer bits, they are no parameters
     packed = (module.packed for module in network.modules() if isinstance(module, Int8))
     return weights[0].device.type == "cpu" and sum(w.numel() for w in (*weights, *packed)) <= SMALL
 

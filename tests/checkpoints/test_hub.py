@@ -218,6 +218,25 @@ def test_a_repository_of_pickles(server, tmp_path):
     assert "LOADED eps torch.float32" in load(server, tmp_path / "home", options=", allow_pickle=True")
 
 
+def test_of_another_vaes_repository_only_that_is_fetched(server, folder, tmp_path):
+    """So what else is there may be in the older format; the autoencoder itself may not."""
+    model, options = str(folder("sd15")), ", vae='owner/name'"
+    server.pickle("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin")
+    assert "LOADED" in load(server, tmp_path / "home", model, options=options)
+    assert fetched(server) == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    assert "LOADED" in load(server, tmp_path / "home", model, options=options, HF_HUB_OFFLINE="1")
+    server.pickle("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin")
+    load(server, tmp_path / "other", model, options=options, expect="CheckpointError: owner/name: of vae there is only a pickle")
+    assert "LOADED" in load(server, tmp_path / "other", model, options=f"{options}, allow_pickle=True")
+
+
+def test_a_vae_is_fetched_from_where_it_is_looked_for():
+    bare = ["config.json", "diffusion_pytorch_model.safetensors"]
+    model = [f"{part}/{file}" for part in ("unet", "vae") for file in bare] + ["model_index.json", "text_encoder/model.bin"]
+    assert set(hub.needed("owner/name", model, None, vae=True)) == {f"vae/{file}" for file in bare}
+    assert set(hub.needed("owner/name", [*bare, *model[:4]], None, vae=True)) == {*bare}
+
+
 def test_a_pickle_at_a_models_root_is_not_asked_for():
     files = ["model_index.json", "pytorch_model.bin", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     assert set(hub.needed("owner/name", files, None)) == {*files} - {"pytorch_model.bin"}

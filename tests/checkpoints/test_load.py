@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from latentdiff.checkpoints import configs, detect, families, keymap
 from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, open_tensors, write_safetensors
@@ -725,6 +726,20 @@ def test_another_vae_from_a_folder_a_model_and_files(folder, single, sd15, tmp_p
         assert parts.vae.config == sd15.vae.config
         assert torch.equal(parts.vae.encoder.conv_in.weight, other.encoder.conv_in.weight)
         assert torch.equal(parts.unet.conv_in.weight, sd15.unet.conv_in.weight)
+
+
+def test_of_another_vaes_folder_only_that_is_read(copied, folder):
+    """So what else is there may be in the older format; the autoencoder itself may not."""
+    path = copied("sd21")
+    for part in ("unet", "vae"):
+        whole = path / part / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(whole), whole.with_suffix(".bin"))
+    (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    load_parts(folder("sd15"), vae=path)
+    (path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="this is a pickle"):
+        load_parts(folder("sd15"), vae=path)
+    load_parts(folder("sd15"), vae=path, allow_pickle=True)
 
 
 @pytest.mark.oracle

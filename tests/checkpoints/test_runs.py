@@ -12,7 +12,7 @@ from latentdiff import cli, origin
 from latentdiff.checkpoints.io import load_parts
 from latentdiff.checkpoints.save import save_folder, save_single
 from latentdiff.images import to_tensor
-from latentdiff.refine import refine
+from latentdiff.refining import refine
 
 from .conftest import SMALL, randomise
 

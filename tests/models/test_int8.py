@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import latentdiff
-from latentdiff.adapt import adapt
+from latentdiff.adapting import adapt
+from latentdiff.checkpoints.files import write_safetensors
+from latentdiff.checkpoints.save import save_folder, save_single
+from latentdiff.evaluation.kept import fingerprint
 from latentdiff.loading import ready
 from latentdiff.models import onednn, recorded
 from latentdiff.models.fused import feed_forward
@@ -93,6 +96,46 @@ def test_the_network_is_nearly_the_same(dtype):
 
 @able
 @torch.no_grad()
+@pytest.mark.parametrize("where", [None, ([1, 1], [1, 1], [1, 1], 1)])
+def test_rows_of_zeros_no_pictures_and_other_dtypes(where):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(8, 16, *[] if where is None else [3, 3]), torch.randn(8)
+    weight[3] = 0
+    own, exact = Int8(weight, bias, where), F.linear if where is None else lambda x, w, b: F.conv2d(x, w, b, padding=1)
+    x = torch.randn(2, 16, *[] if where is None else [5, 5])
+    assert (own(x).transpose(0, 1)[3] == bias[3]).all()
+    assert own(x[:0]).shape == exact(x, weight, bias)[:0].shape
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        if dtype != torch.float16 or where is None:
+            torch.testing.assert_close(own(x.to(dtype)).float(), exact(x, weight, bias), rtol=0.05, atol=0.5)
+    assert own(x.double()).dtype == torch.float64
+
+
+@able
+@torch.no_grad()
+def test_nan_and_infinity_come_out():
+    x, own = torch.randn(2, 16), Int8(torch.randn(8, 16), None)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not own(torch.where(torch.arange(16) == 3, bad, x)).isfinite().any()
+
+
+@able
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["", ".values", ".gates", "outer"])
+def test_who_listens_to_a_part_of_the_feed_forward_net_hears_it_once_as_it_was(which):
+    unet = UNet(CONFIG).eval()
+    quantise_int8(unet)
+    net = unet.mid_block.attentions[0].transformer_blocks[0].ff.net
+    part, heard = net[2] if which == "outer" else net[0].get_submodule(f"proj{which}"), []
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([500.0, 20.0]), torch.randn(2, 7, 48)
+    part.register_forward_hook(lambda module, args, out: heard.append((out, out.clone())))
+    unet(x, t, context)
+    assert len(heard) == 1
+    assert torch.equal(*heard[0])
+
+
+@able
+@torch.no_grad()
 def test_copies_and_stored_networks_give_the_same_bits():
     torch.manual_seed(0)
     unet = UNet(CONFIG).eval()
@@ -156,6 +199,42 @@ def test_what_a_network_in_8_bits_cannot_take_is_refused(tiny_parts):
     with pytest.raises(ValueError, match="compile must be False for a model that was loaded with int8"):
         adapt(pipe, compile=True)
     assert adapt(pipe).unet is pipe.unet
+
+
+@able
+def test_it_is_no_longer_what_its_files_are(tiny_parts, tmp_path):
+    parts = tiny_parts()
+    told, names = fingerprint(parts.unet), {*parts.unet.state_dict()}
+    pipe = ready(parts, torch.device("cpu"), torch.float32, int8=True)
+    for save in (save_folder, save_single):
+        with pytest.raises(ValueError, match="a U-Net that was narrowed"):
+            save(parts, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    kept = {*pipe.unet.state_dict()}
+    assert "mid_block.resnets.0.conv1.weight" in names & kept
+    found = fingerprint(pipe.unet)
+    pipe.unet.mid_block.resnets[0].conv1.scale.mul_(2)
+    assert len({told, found, fingerprint(pipe.unet)}) == 3
+
+
+@able
+def test_a_lora_on_it_is_refused_by_what_it_is(tiny_parts, tmp_path):
+    pipe = ready(tiny_parts(), torch.device("cpu"), torch.float32, int8=True)
+    name, width = next((n, m.packed.shape[0]) for n, m in pipe.unet.named_modules() if n.endswith("attn1.to_q"))
+    write_safetensors(
+        tmp_path / "l.safetensors",
+        {f"unet.{name}.lora_A.weight": torch.ones(2, width), f"unet.{name}.lora_B.weight": torch.ones(width, 2)},
+    )
+    with pytest.raises(ValueError, match="lora can not be added to weights that were narrowed"):
+        adapt(pipe, lora=tmp_path / "l.safetensors")
+
+
+@pytest.mark.parametrize(("ability", "expected"), [("avx512_vnni", True), ("avx_vnni", True), ("avx512_f", False)])
+def test_which_cpus_can(monkeypatch, ability, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {ability: True})
+    for operators in (True, False):
+        monkeypatch.setattr(onednn, "has_operators", lambda dtype, there=operators: there)
+        assert onednn.multiplies_int8.__wrapped__(torch.float32) is (expected and operators)
 
 
 @able

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from latentdiff.checkpoints.adapted import Files, adapted
 from latentdiff.checkpoints.io import Parts
-from latentdiff.loading import network
+from latentdiff.loading import join_attentions, network
 from latentdiff.models.caching import Cached
 from latentdiff.models.int8 import Int8
 from latentdiff.models.text import Tokenizer
@@ -45,6 +45,8 @@ def adapt(
         title=pipe.title,
     )
     made = adapted(parts, lora=lora, embeddings=embeddings, merge=merge, allow_pickle=allow_pickle)
+    if made.unet is not pipe.unet:  # that is as `load` left it, maybe in 8 bits
+        join_attentions(made.unet)
     text = replace(pipe.text, towers=made.text_encoders, tokenizers=made.tokenizers, spec=made.spec)
     runs = Cached(made.unet, cached.every) if cached else network(made.unet, compile)
     return replace(pipe, unet=made.unet, text=text, spec=made.spec, network=runs)
