@@ -1,4 +1,7 @@
-"""When memory runs out: fewer pictures at a time, attention in slices, pictures in tiles; each with a message, before giving up."""
+"""When memory runs out: fewer pictures at a time, attention in slices, pictures in tiles; each with a message, before giving up.
+
+Before all of these, recordings are given up: torch does not return their memory by itself, as it does what it keeps in reserve.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentdiff.diffusion.denoiser import Denoise
+from latentdiff.models import graphs
 from latentdiff.models.attention import Site, sdpa
 
 SLICE = 1024  # queries at once in sliced attention
@@ -18,20 +22,29 @@ TILE, OVERLAP = 64, 16  # latents along the side of a tile, and of those that it
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the CPU, whose allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Of a GPU, or of the CPU; its allocator, drivers and libraries raise a plain RuntimeError."""
+    told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
-def attempt(run: Callable[[], Tensor]) -> Tensor | None:
-    """What `run` gives, or None if memory ran out; what it held is free by then."""
+def attempt(run: Callable[[], Tensor], again: Callable[[], Tensor] | None = None) -> Tensor | None:
+    """What `run` gives, or None if memory ran out; what it held is free by then, and so is what recordings held.
+
+    again: what to try in its place if they held some.
+    """
     try:
         return run()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+    held = graphs.give_up()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
+        with graphs.capturing:  # while one is recorded, nothing is returned
+            torch.cuda.empty_cache()
+    if not held or again is None:
+        return None
+    tell("recorded kernels are given up; they are recorded again where they are needed")
+    return attempt(again)
 
 
 def tell(text: str) -> None:
@@ -49,12 +62,16 @@ def within_memory(make: Callable[[slice, bool], Denoise], rows: slice) -> Denois
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         if not parts:
-            done = attempt(lambda: whole[0](x, sigma))
+            done = attempt(lambda: whole[0](x, sigma), lambda: renewed()(x, sigma))
             if done is not None:
                 return done
             whole.clear()
             parts.extend(smaller())
         return torch.cat([part(own, sigma) for part, own in zip(parts, x.tensor_split(len(parts)), strict=True)])
+
+    def renewed() -> Denoise:
+        whole[:] = [make(rows, False)]  # what it kept of a call that failed is not for the next
+        return whole[0]
 
     def smaller() -> list[Denoise]:
         if n == 1:
@@ -94,7 +111,7 @@ def whole_or_tiled(
     """
     what = "decode" if pixels == 1 else "encode"
     height, width = (side // pixels for side in x.shape[-2:])
-    done = attempt(lambda: run(x))
+    done = attempt(lambda: run(x), lambda: run(x))
     while done is None:
         tile = min(tile, (max(height, width) + 1) // 2)
         if tile <= OVERLAP:

@@ -1,13 +1,22 @@
 """When memory runs out: what comes out is the same, or said to be different, and no other error is swallowed."""
 
+from weakref import WeakSet
+
 import pytest
 import torch
 
 from latentdiff import memory
 from latentdiff.memory import in_tiles, sliced, starts, within_memory
+from latentdiff.models import graphs
 from latentdiff.models.attention import Site, sdpa
 
 SIGMA = torch.tensor(1.0)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """What other tests recorded holds no memory here."""
+    monkeypatch.setattr(graphs, "everywhere", WeakSet())
 
 
 def room_for(most: int, error=torch.OutOfMemoryError("CUDA out of memory")):  # noqa: B008
@@ -57,6 +66,67 @@ def test_the_cpus_allocator_is_understood_and_other_errors_pass():
     with pytest.raises(RuntimeError, match="shapes do not match"):
         within_memory(make, slice(0, 2))(torch.ones(2, 1, 2, 2), SIGMA)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"],
+)
+def test_drivers_and_libraries_are_understood(text):
+    make, _ = room_for(1, RuntimeError(text))
+    with pytest.warns(UserWarning, match="going on with 1"):
+        within_memory(make, slice(0, 2))(torch.ones(2, 1, 2, 2), SIGMA)
+
+
+@pytest.fixture
+def recordings():
+    """Of a network, in which something is recorded: they hold memory."""
+    made = graphs.Recordings("network", torch.nn.Identity(), lambda run: ((lambda: None), run()))
+    made.run(lambda x: x + 1, [torch.zeros(1)])
+    return made
+
+
+def test_recordings_are_given_up_before_pictures_are_made_one_by_one(recordings):
+    made = []
+
+    def make(rows, sparing):
+        made.append(calls := [])
+
+        def denoise(x, sigma):
+            calls.append(len(x))
+            if any(recordings.known.values()):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x * sigma
+
+        return denoise
+
+    denoise, x = within_memory(make, slice(0, 2)), torch.randn(2, 1, 2, 2)
+    with pytest.warns(UserWarning, match="memory ran out: recorded kernels are given up") as told:
+        assert torch.equal(denoise(x, SIGMA), x)
+    assert len(told) == 1
+    assert torch.equal(denoise(x, SIGMA), x)
+    assert made == [[2], [2, 2]]  # another denoiser, which kept nothing of the call that failed
+
+
+def test_where_that_is_not_enough_it_goes_on_in_parts(recordings):
+    make, asked = room_for(1)
+    with pytest.warns(UserWarning, match="memory ran out") as told:
+        within_memory(make, slice(0, 2))(torch.ones(2, 1, 2, 2), SIGMA)
+    assert [str(warning.message).split()[3] for warning in told] == ["recorded", "going"]
+    assert [n for _, n, _ in asked] == [2, 2, 1, 1]
+    assert not recordings.known
+
+
+def test_recordings_are_given_up_before_a_picture_is_decoded_in_tiles(recordings):
+    def run(z):
+        if any(recordings.known.values()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2 * z
+
+    z = torch.randn(1, 4, 80, 80)
+    with pytest.warns(UserWarning, match="recorded kernels are given up") as told:
+        assert torch.equal(memory.whole_or_tiled(run, z), 2 * z)
+    assert len(told) == 1
 
 
 def test_sliced_attention_is_attention(monkeypatch):

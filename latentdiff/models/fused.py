@@ -3,6 +3,8 @@ CPU some of them inside the product before them (`onednn.py`)."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -19,18 +21,21 @@ enabled = True  # the benchmark's ladder stands on both rungs
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether it pays here: not where a gradient is wanted, nor where a compiler sees all of the network and does it by itself."""
-    return enabled and x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and has_triton(x.device)
+    """Whether it pays here: not where a gradient is wanted, nor where a compiler sees all of the network and does it by itself, nor
+    under autocast, which chooses a dtype for each operation."""
+    taken = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda")
+    return enabled and x.is_cuda and not taken and has_triton(x.device)
 
 
 @cache
 def has_triton(device: torch.device) -> bool:
-    """Whether its kernels can be built there: not on every platform, and not for GPUs older than it supports."""
+    """Whether its kernels can be built there: not on every platform, without a C compiler, or for GPUs older than it supports."""
     try:
         import triton  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # where Triton looks
+    return compiler is not None and torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
 
 
 def kernels() -> Any:

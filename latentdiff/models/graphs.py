@@ -5,13 +5,16 @@ A step of SDXL starts more than a thousand kernels, and to start one takes longe
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +40,42 @@ class Capture:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """After three runs that let libraries choose kernels and make their workspaces. Other threads may use the GPU meanwhile."""
+        """After three runs that let libraries choose kernels. Other threads may use the GPU meanwhile.
+
+        The workspace of cuBLAS is made while recording, and so lies in the pool: a stream's own, from before, torch gives up
+        together with any graph that was recorded on that stream (pytorch#193402; 2.14 does), while others still use it.
+        """
+        clear_workspaces = torch._C._cuda_clearCublasWorkspaces
         with capturing:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                for _ in range(3):
-                    run()
-            torch.cuda.current_stream().wait_stream(self.stream)
+            caller = torch.cuda.current_stream()
+            self.stream.wait_stream(caller)
+            try:
+                with torch.cuda.stream(self.stream):
+                    for _ in range(3):
+                        run()
+            finally:
+                caller.wait_stream(self.stream)  # a run that failed may still read what the caller now gives up
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                out = run()
+            try:
+                with uncollected(), torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                    clear_workspaces()
+                    out = run()
+            finally:
+                torch.cuda.set_stream(caller)  # a recording that cannot be ended leaves its own
+                clear_workspaces()  # or they would keep the pool when its graphs are gone
         return graph.replay, out
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Somebody's garbage may hold a graph or a kernel, and to destroy one is an error while another is recorded."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @dataclass(eq=False)
@@ -74,7 +102,8 @@ class Recording:
 class Recordings:
     """The last few of one network, by the shapes of its inputs; None for a shape for which memory did not suffice.
 
-    Threads, and streams, take turns. A network whose weights lie elsewhere, or that is another, is recorded anew.
+    Threads, and streams, take turns. A network whose weights lie elsewhere, or that is another, is recorded anew. Under autocast
+    it runs unrecorded: weights that were cast for it are gone when it ends.
     """
 
     def __init__(self, what: str, network: nn.Module, record: Record | None):
@@ -82,6 +111,7 @@ class Recordings:
         self.known: OrderedDict[Any, Recording | None] = OrderedDict()
         self.given, self.record = record, record
         self.over: torch.cuda.Event | None = None  # on the device
+        everywhere.add(self)
 
     def run(
         self, call: Callable[..., Tensor], inputs: list[Tensor], prompt: Sequence[Tensor] = (), occasion: object = None
@@ -94,9 +124,9 @@ class Recordings:
         key = tuple((one.shape, one.dtype, one.device) for one in (*inputs, *prompt[:1]))
         with self.lock:
             if self.watch.sees_another(occasion):  # and so may be its device
-                self.known.clear()
-                self.record, self.over = self.given, None
-            if (x.is_cuda or self.given is not None) and not self.watch.is_heard():  # a network may have gone to a CPU
+                self.forget()
+            recorded = (x.is_cuda or self.given is not None) and not self.watch.is_heard()  # a network may have gone to a CPU
+            if recorded and not torch.is_autocast_enabled(x.device.type):
                 with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(x):
                     if key not in self.known:
                         self.known[key] = self.made(call, inputs, prompt)
@@ -122,11 +152,34 @@ class Recordings:
         """Not before what a thread with a stream of its own has asked for is over."""
         if not x.is_cuda:
             return run()
-        stream, self.over = torch.cuda.current_stream(), self.over or torch.cuda.Event()
-        stream.wait_event(self.over)
-        out = run()
-        self.over.record(stream)
-        return out
+        stream, over = torch.cuda.current_stream(), self.over or torch.cuda.Event()
+        stream.wait_event(over)
+        self.over = over
+        try:
+            return run()
+        finally:
+            over.record(stream)  # also where memory did not suffice for a copy of what now runs
+
+    def forget(self) -> None:
+        """Give up all, and with the last one the memory that they share: the next is recorded in another pool."""
+        if self.over is not None:
+            self.over.synchronize()  # what still runs
+        self.known.clear()
+        self.record, self.over = self.given, None
+
+
+everywhere: WeakSet[Recordings] = WeakSet()
+
+
+def give_up() -> bool:
+    """Forget all recordings of this process; whether there were some. Their memory is then torch's, which `empty_cache` returns."""
+    held = False
+    for recordings in list(everywhere):
+        with recordings.lock:
+            if any(recordings.known.values()):
+                recordings.forget()
+                held = True
+    return held
 
 
 class GraphedDecoder:

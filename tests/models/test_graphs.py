@@ -1,8 +1,11 @@
 """Recording and replaying: on a CPU with a stand-in that computes again on the same memory, as a CUDA graph does."""
 
 import copy
+import gc
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +124,30 @@ def test_where_memory_does_not_suffice_it_runs_unrecorded(unet):
 
 
 @torch.no_grad()
+def test_under_autocast_it_runs_unrecorded(unet, graphed):
+    """Weights that were cast for it are gone when it ends: what was recorded on them would read whatever lies there then."""
+    call = inputs(unet, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(graphed(*call), unet(*call))
+    assert graphed.made == []
+    graphed(*call)
+    assert len(graphed.made) == 1
+
+
+@torch.no_grad()
+def test_recordings_are_given_up_and_made_again(unet, graphed):
+    call, decoder = inputs(unet, 0), GraphedDecoder(Decoder(), Recorder())
+    graphed(*call)
+    decoder(torch.ones(1, 4, 2, 2))
+    assert graphs.give_up()
+    assert not graphed.known.known
+    assert not decoder.known.known
+    assert not graphs.give_up()
+    assert torch.equal(graphed(*call), unet(*call))
+    assert len(graphed.made) == 2
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("change", ["other weights", "data", "part", "setting"])
 def test_a_network_that_is_another_is_recorded_anew(change):
     torch.manual_seed(0)
@@ -212,15 +239,157 @@ def test_threads_share_one(unet, graphed):
     assert wrong == []
 
 
+class Cuda:
+    """Stands for the parts of torch.cuda by which one records: it writes down what is asked for, in order."""
+
+    def __init__(self, monkeypatch, *, fails: bool = False):
+        wait = {"wait_stream": lambda stream, other: self.log.append(f"{stream.name} waits for {other.name}")}
+        self.caller, self.side = (type("Stream", (), {"name": name, **wait})() for name in ("caller", "side"))
+        self.log, self.current, self.fails = [], self.caller, fails
+        stand_ins = {
+            "Stream": lambda: self.side,
+            "graph_pool_handle": lambda: "pool",
+            "current_stream": lambda: self.current,
+            "set_stream": lambda stream: setattr(self, "current", stream),
+            "stream": self.stream,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
+            "graph": self.graph,
+        }
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        clear = lambda: self.log.append("no workspaces")  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        self.current = stream
+        self.log.append("begin")
+        yield
+        if self.fails:  # as torch's, it then leaves its stream
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.log.append("end")
+        self.current = self.caller
+
+
+def test_while_it_records_nothing_is_collected_and_workspaces_are_its_own(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    run = lambda: (cuda.log.append(("run", cuda.current is cuda.side, gc.isenabled())), "out")[1]  # noqa: E731
+    replay, out = graphs.Capture()(run)
+    warm, recorded = ("run", True, True), ("run", True, False)
+    assert cuda.log == [
+        *("side waits for caller", warm, warm, warm, "caller waits for side"),
+        *("begin", "no workspaces", recorded, "end", "no workspaces"),
+    ]
+    assert gc.isenabled()
+    assert out == "out"
+    replay()
+    assert cuda.log[-1] == "replay"
+
+
+def test_a_recording_that_fails_leaves_the_callers_stream_and_workspaces_as_they_were(monkeypatch):
+    cuda = Cuda(monkeypatch, fails=True)
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.Capture()(lambda: None)
+    assert cuda.current is cuda.caller
+    assert cuda.log[-1] == "no workspaces"
+    assert gc.isenabled()
+    cuda.log.clear()
+
+    def run():
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.Capture()(run)
+    assert cuda.log == ["side waits for caller", "caller waits for side"]
+
+
+def on_gpu(x, t, prompt, vector):
+    return x.cuda(), t.cuda(), [(k.cuda(), v.cuda()) for k, v in prompt], vector.cuda()
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_cuda_graph_gives_what_the_network_gives(unet):
-    on_gpu = copy.deepcopy(unet).cuda()
-    graphed = Graphed(on_gpu)
+    network = copy.deepcopy(unet).cuda()
+    graphed = Graphed(network)
     for seed in (0, 0, 1):
-        x, t, prompt, vector = inputs(unet, seed)
-        call = x.cuda(), t.cuda(), [(k.cuda(), v.cuda()) for k, v in prompt], vector.cuda()
-        torch.testing.assert_close(graphed(*call), on_gpu(*call), rtol=1e-5, atol=1e-5)
+        call = on_gpu(*inputs(unet, seed))
+        torch.testing.assert_close(graphed(*call), network(*call), rtol=1e-5, atol=1e-5)
+    assert [recording is not None for recording in graphed.known.known.values()] == [True]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cuda_graphs_outlive_those_that_are_given_up():
+    """Large products, whose kernels need cuBLAS's workspace; what was its memory is written over."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8192, 640), torch.nn.Linear(640, 8192)]
+    network = torch.nn.Sequential(*layers).cuda().bfloat16()
+    network.decode = network.forward
+    decoder = GraphedDecoder(network)
+    calls = [torch.randn(n, 8192, device="cuda", dtype=torch.bfloat16) for n in (1, 8, 16, 64, 128, 512)]
+    for _ in range(2):
+        for call in calls:
+            torch.testing.assert_close(decoder(call), network(call))
+            rubbish = torch.full((64 << 20,), torch.nan, device="cuda")
+            del rubbish
+            torch.cuda.empty_cache()
+            for key in list(decoder.known.known):
+                kept = next(x for x in calls if x.shape == key[0][0])
+                torch.testing.assert_close(decoder(kept), network(kept))
+    assert len(decoder.known.known) == graphs.KEPT
+    assert all(decoder.known.known.values())
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_the_memory_of_cuda_graphs_is_returned(unet):
+    def reserved():
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    network, call = copy.deepcopy(unet).cuda(), on_gpu(*inputs(unet, 0, 8, 64))
+    graphed = Graphed(network)
+    expected = graphed(*call)
+    held = reserved()
+    assert graphs.give_up()
+    assert reserved() < held
+    for _ in range(2):
+        torch.testing.assert_close(graphed(*call), expected, rtol=1e-4, atol=1e-4)
+    assert all(graphed.known.known.values())
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_threads_with_streams_of_their_own_share_cuda_graphs(unet):
+    network = copy.deepcopy(unet).cuda()
+    graphed, wrong = Graphed(network), []
+
+    def work(seed):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            call = on_gpu(*inputs(unet, seed, 1 + seed % 2))
+            expected = network(*call)
+            for _ in range(20):
+                if not torch.allclose(graphed(*call), expected, rtol=1e-4, atol=1e-5):
+                    wrong.append(seed)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(graphed.known.known) == 2
 
 
 @torch.no_grad()
