@@ -513,7 +513,10 @@ def invert(
     z: Float[Tensor, "b c h w"] | None,
     sigmas: Float[Tensor, " steps+1"],
 ) -> Inversion:
-    """The runs that rebuild z, one for all edits of the same picture; from noise where there are no pictures."""
+    """The runs that rebuild z; from noise where there are no pictures.
+
+    One for all edits that differ only in their targets, but for edit-friendly inversion, which draws other noise for each.
+    """
     plan, asked, seeds = jobs[0].plan, jobs[0].asked, [job.asked.seeds[0] for job in jobs]
     if z is None:
         start = pipe.noise(replace(asked, prompts=tuple(job.plan.source for job in jobs)), request.randn(seeds))

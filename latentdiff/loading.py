@@ -56,8 +56,8 @@ def load(
     lora, embeddings: files, as in `adapt`. compile: U-Net and decoder with torch.compile: the same picture, slow to start and then
     faster.
     float8: the U-Net's linear layers in 8 bits, on NVIDIA GPUs of 2022 and later: nearly the same picture.
-    int8: the U-Net's products in 8 bits, on CPUs with VNNI or AMX: faster where it is large, about half of bfloat16's memory,
-    nearly the same picture. Pictures that share a call of the network (`batch`; on a CPU one by one) move each other as much.
+    int8: the U-Net's products in 8 bits, on CPUs with VNNI or AMX: faster where it is large, weights in half of bfloat16's
+    memory, nearly the same picture. Pictures that share a call of the network (by `batch`) move each other as much.
     weights: "int8" or "bfloat16": the U-Net's kept so on a CPU and widened where used: less memory, nearly the same picture.
     cache: the deep features of a step serve so many steps (Ma et al., arXiv 2312.00858): 2 or 3 is faster, and another picture.
     Errors: FileNotFoundError; ValueError for an unknown device or dtype and for options that do not fit them; CheckpointError for a
@@ -130,8 +130,8 @@ def check(
     small: Any = torch.nn.LayerNorm(1, device=device, dtype=dtype)  # in a U-Net's place, of which place and dtype are looked at
     if float8:
         quantise(small)
-    if int8 and (compile or weights is not None):
-        raise ValueError(f"int8 goes with neither compile nor weights, got compile={compile} and weights={weights!r}")
+    if int8 and (compile or float8 or weights is not None):
+        raise ValueError(f"int8 goes without compile, float8 and weights, got {compile=}, {float8=} and {weights=}")
     if int8:
         quantise_int8(small)
     if weights is not None:

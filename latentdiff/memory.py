@@ -21,12 +21,6 @@ SLICE = 1024  # queries at once in sliced attention
 TILE, OVERLAP = 64, 16  # latents along the side of a tile, and of those that it shares with the next
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the CPU; its allocator, drivers and libraries raise a plain RuntimeError."""
-    told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
-
-
 def attempt(run: Callable[[], Tensor], again: Callable[[], Tensor] | None = None) -> Tensor | None:
     """What `run` gives, or None if memory ran out; what it held is free by then, and so is what recordings held.
 
@@ -35,7 +29,7 @@ def attempt(run: Callable[[], Tensor], again: Callable[[], Tensor] | None = None
     try:
         return run()
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not graphs.is_out_of_memory(error):
             raise
     held = graphs.give_up()
     if torch.cuda.is_available():

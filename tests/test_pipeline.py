@@ -1,6 +1,7 @@
 """The pipeline: the same picture as diffusers', whatever the batch, and never one from bad input."""
 
 import os
+import pkgutil
 import subprocess
 import sys
 import threading
@@ -631,6 +632,7 @@ again = [getattr(latentdiff, name) for name in latentdiff.__all__]
 assert all(a is b and not isinstance(a, types.ModuleType) for a, b in zip(first, again, strict=True)), again
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert not {module.name for module in pkgutil.iter_modules(latentdiff.__path__)} & set(latentdiff.__all__)
 
 
 def test_the_public_names_are_there_and_cost_nothing_before_they_are_used():

@@ -66,6 +66,12 @@ class Capture:
         return graph.replay, out
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the CPU; its allocator, drivers and libraries raise a plain RuntimeError."""
+    told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Somebody's garbage may hold a graph or a kernel, and to destroy one is an error while another is recorded."""
@@ -111,7 +117,8 @@ class Recordings:
         self.known: OrderedDict[Any, Recording | None] = OrderedDict()
         self.given, self.record = record, record
         self.over: torch.cuda.Event | None = None  # on the device
-        everywhere.add(self)
+        with counted:
+            everywhere.add(self)
 
     def run(
         self, call: Callable[..., Tensor], inputs: list[Tensor], prompt: Sequence[Tensor] = (), occasion: object = None
@@ -143,7 +150,9 @@ class Recordings:
             self.record = self.record or Capture()
             places, kept = [x.clone() for x in inputs], [x.clone() for x in prompt]
             return Recording(places, kept, *self.record(lambda: call(*places, *kept)))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             shape = list(inputs[0].shape)
             warnings.warn(f"too little memory to record the {self.what} for {shape}; it runs unrecorded, more slowly", stacklevel=5)
             return None
@@ -169,12 +178,15 @@ class Recordings:
 
 
 everywhere: WeakSet[Recordings] = WeakSet()
+counted = threading.Lock()  # around `everywhere`
 
 
 def give_up() -> bool:
     """Forget all recordings of this process; whether there were some. Their memory is then torch's, which `empty_cache` returns."""
     held = False
-    for recordings in list(everywhere):
+    with counted:
+        known = list(everywhere)
+    for recordings in known:
         with recordings.lock:
             if any(recordings.known.values()):
                 recordings.forget()

@@ -113,9 +113,10 @@ def test_what_cannot_be_recorded_runs_as_ever(unet, graphed):
 
 
 @torch.no_grad()
-def test_where_memory_does_not_suffice_it_runs_unrecorded(unet):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")])
+def test_where_memory_does_not_suffice_it_runs_unrecorded(unet, error):
     def record(run):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     graphed, call = Graphed(unet, record), inputs(unet, 0)
     with pytest.warns(UserWarning, match="too little memory to record"):
