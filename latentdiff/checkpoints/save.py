@@ -42,8 +42,8 @@ def save_folder(parts: Parts, path: str | os.PathLike) -> None:
     bits.
     """
     spec = parts.spec
-    check_whole(parts)
     check_replaceable(Path(path))
+    check_whole(parts)
     with replacing_folder(Path(path)) as folder:
         write_json(folder / "model_index.json", configs.index_json(spec))
         write_json(folder / "scheduler" / "scheduler_config.json", configs.scheduler_json(spec))
