@@ -536,6 +536,7 @@ def invert(
 def invert_alone(
     make: Maker, plan: Plan, cond: Cond, uncond: Cond, z: Float[Tensor, "b c h w"], sigmas: Float[Tensor, " steps+1"], randn: Randn
 ) -> Inversion:
+    """Of these pictures z under these conditions, as the plan says."""
     if plan.inversion == "edit-friendly":
         return inversion.edit_friendly(make.plain(cond), z, sigmas, randn)
     found = inversion.ddim(make.plain(cond), z, sigmas)

@@ -125,7 +125,7 @@ def by_rows(
     where asking for more would take as long as the products.
     """
     parts = -(-x[..., 0].numel() * hidden // PART)
-    if parts == 1:
+    if parts <= 1:
         return made(x, other)
     rows, others, out = x.flatten(0, 1), other.flatten(0, 1), other.new_empty(other.shape)
     for some, beside, into in zip(rows.chunk(parts), others.chunk(parts), out.flatten(0, 1).chunk(parts), strict=True):
