@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -218,6 +219,12 @@ def test_best_kernels_are_found_for_each_product(monkeypatch):
     assert ceilings.ceiling(work, kernels) == pytest.approx(sum(kernels[p] * n for p, n in work.items()))
     assert min(kernels.values()) > 0
     assert len(list(ceilings.ways(Conv((1, 8, 6, 6), 4, 3, 1, 1), CPU, torch.float32))) == 4
+    for size, doubled in (((6, 6), True), ((5, 6), False)):
+        (conv,) = products(
+            lambda size=size: torch.conv2d(F.interpolate(torch.ones(1, 8, 3, 3), size), torch.ones(4, 8, 3, 3), None, 1, 1)
+        )
+        assert conv == Conv((1, 8, *size), 4, 3, 1, 1, doubled)
+        assert len(list(ceilings.ways(conv, CPU, torch.float32))) == 4 + (doubled and onednn.doubles(torch.float32))
     assert ceilings.datasheet(CPU) is None
     for name, known in (("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA L4", 121.0), ("NVIDIA L40", None), ("NVIDIA RTX A1000", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)

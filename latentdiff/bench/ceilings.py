@@ -97,6 +97,8 @@ def ways(product: Product, device: torch.device, dtype: torch.dtype) -> Iterator
             conv = Conv2d(w.shape[1], w.shape[0], product.kernel, product.stride, product.padding, bias=False)
             conv = conv.requires_grad_(False).to(dtype, memory_format=torch.channels_last)  # pyright: ignore
             yield partial(conv, x.contiguous(memory_format=torch.channels_last))
+            if product.doubled and conv.doubles():
+                yield partial(conv.doubled, x[..., ::2, ::2].contiguous(memory_format=torch.channels_last))
         if device.type == "cpu" and (product.kernel, product.stride, product.padding) == (3, 1, 1):
             last = w.contiguous(memory_format=torch.channels_last)
             yield lambda: as_product(x, last, None)

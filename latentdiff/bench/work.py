@@ -13,18 +13,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution: x [batch, channels, height, width] to `out` channels, kernel × kernel."""
+    """A convolution: x [batch, channels, height, width] to `out` channels, kernel × kernel.
+
+    doubled: whether each pixel of x stands there twice in both directions, which a faster way may know; the cost is told as if not.
+    """
 
     shape: tuple[int, ...]
     out: int
     kernel: int
     stride: int
     padding: int
+    doubled: bool = False
 
     @property
     def flops(self) -> int:
@@ -77,18 +82,23 @@ class _Listening(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.heard: Counter[Product] = Counter()
+        self.doubled: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.conv2d:
             x, weight, _, stride, padding, *_ = args
-            self.heard[Conv(tuple(x.shape), weight.shape[0], weight.shape[-1], _one(stride), _one(padding))] += 1
+            doubled = any(x is y for y in self.doubled)
+            self.heard[Conv(tuple(x.shape), weight.shape[0], weight.shape[-1], _one(stride), _one(padding), doubled)] += 1
         elif func is F.linear:
             x, weight = args[:2]
             self.heard[Linear(x.numel() // x.shape[-1], x.shape[-1], weight.shape[0])] += 1
         elif func is F.scaled_dot_product_attention:
             q, k = args[:2]
             self.heard[Attend(tuple(q.shape), k.shape[-2])] += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func is F.interpolate and [*out.shape[2:]] == [2 * side for side in args[0].shape[2:]]:
+            self.doubled.append(out)
+        return out
 
 
 def _one(number: Any) -> int:

@@ -158,6 +158,14 @@ def geglu(x: Float[Tensor, "*b c2"]) -> Float[Tensor, "*b c"]:
     return x * F.gelu(gate)
 
 
+def conv_enlarged(conv: nn.Module, x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b out h2 w2"]:
+    """conv of x with its pixels repeated, to `size` (height, width) in all."""
+    twice = tuple(size) == (2 * x.shape[-2], 2 * x.shape[-1])
+    if twice and not fuses(x) and adds_inside(conv, x) and conv.doubles():  # type: ignore[operator]
+        return conv.doubled(x)  # type: ignore[operator]
+    return conv(enlarge(x, size))
+
+
 def enlarge(x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c h2 w2"]:
     """Each pixel repeated: the nearest one, `size` (height, width) in all."""
     if tuple(size) == (2 * x.shape[-2], 2 * x.shape[-1]) and fuses(x) and is_last(x):

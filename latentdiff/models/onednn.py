@@ -14,6 +14,7 @@ from torch import Tensor, nn
 enabled = True  # the benchmark's ladder stands on both rungs
 
 PART = 6 << 20  # numbers between the two products of a feed-forward net
+TWICE = [1, 1], [0, 0], [2, 2], [1, 1], 1  # padding, output padding, stride, dilation and groups of a convolution to twice the size
 REUSED = 32 << 20  # bytes: larger memory glibc takes from the system anew each time, page by page
 
 
@@ -159,6 +160,27 @@ def convolution(
 def ordered(weight: Tensor, shape: torch.Size, *where: object) -> Tensor:
     """A copy of a convolution's weights in the order in which its kernel reads them, for inputs of this shape."""
     return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *where, shape)  # pyright: ignore
+
+
+def ordered_linear(weight: Float[Tensor, "out c"], rows: int) -> Tensor:
+    """A copy of a linear layer's weights in the order of `linear`'s kernel, for inputs of so many rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def doubles(dtype: torch.dtype) -> bool:
+    """Whether there is `transposed_convolution`, with its order."""
+    names = ("_convolution_transpose_pointwise", "_reorder_convolution_transpose_weight")
+    return has_operators(dtype) and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def transposed_convolution(x: Float[Tensor, "b c h w"], weight: Tensor, bias: Float[Tensor, " out"] | None) -> Tensor:
+    """`F.conv_transpose2d` of a channels-last map by 4×4 weights, to twice its height and width."""
+    return torch.ops.mkldnn._convolution_transpose_pointwise(x, weight, bias, *TWICE, "none", [], "")
+
+
+def ordered_transposed(weight: Float[Tensor, "c out 4 4"], shape: torch.Size) -> Tensor:
+    """A copy in the order of `transposed_convolution`'s kernel, for inputs of this shape."""
+    return torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *TWICE, shape)
 
 
 def packed_int8(weight: Tensor, scale: Float[Tensor, " out"], where: tuple[object, ...] | None) -> Tensor:

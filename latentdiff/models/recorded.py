@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from latentdiff.models import onednn
 from latentdiff.models.attention import KeysValues
 from latentdiff.models.int8 import Int8
 from latentdiff.models.state import Watch
@@ -57,11 +58,13 @@ class Calls(TorchDispatchMode):
         return False  # or torch would import its compiler, which takes longer than a picture
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if onednn.has_operators(torch.bfloat16):
+            operation, args = self.ordered(operation, args)
         out = operation(*args, **(kwargs or {}))
         given, made = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
         self.seen += made
         used = [self.names[id(x)] for x in given if id(x) in self.names]
-        if given and not used and all(isinstance(x, nn.Parameter) or id(x) in self.weights for x in given):
+        if given and not used and all(map(self.is_weight, given)):
             self.weights |= {id(x) for x in made}
             return out
         parts = [self.text(x) for x in args] + [f"{name}={self.text(x)}" for name, x in (kwargs or {}).items()]
@@ -74,6 +77,23 @@ class Calls(TorchDispatchMode):
         else:  # a number by which Python may decide what runs next
             self.lines.append((f"if {call} != {self.constant(out)}: raise Changed", [], used))
         return out
+
+    def is_weight(self, x: Tensor) -> bool:
+        return isinstance(x, nn.Parameter) or id(x) in self.weights
+
+    def ordered(self, operation: Any, args: Any) -> tuple[Any, Any]:
+        """A product in bfloat16 takes its weights in its kernel's order: 0.6 to 0.95 of the time and, wherever we looked, the same
+        bits."""
+        linear, mm = torch.ops.mkldnn._linear_pointwise, torch.ops.aten.mm.default
+        place = {mm: 1, linear.default: 1, linear.binary: 2}.get(operation)
+        if place is None or not self.is_weight(args[place]) or not onednn.takes(args[0]):
+            return operation, args
+        if operation is mm:
+            operation, args = linear.default, (args[0], args[1].t(), None, "none", [], "")
+        weight = onednn.ordered_linear(args[place], args[0][..., 0].numel())
+        self.seen.append(weight)
+        self.weights.add(id(weight))
+        return operation, (*args[:place], weight, *args[place + 1 :])
 
     def text(self, value: Any) -> str:
         if isinstance(value, tuple | list) and any(id(x) in self.names for x in value):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, repeated, sdpa
 from latentdiff.models.convolution import Conv2d
-from latentdiff.models.fused import conv_add, conv_norm_silu, enlarge, norm_silu
+from latentdiff.models.fused import conv_add, conv_enlarged, conv_norm_silu, norm_silu
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """(features [b, c, h, w], skip connection [b, d, h, w], number of the up block) -> [b, c + d, h, w]"""
@@ -127,7 +127,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c h2 w2"]:
         """`size` is that of the next skip connection: 2h x 2w, or one less where the way down rounded up."""
-        return self.conv(enlarge(x, size))
+        return conv_enlarged(self.conv, x, size)
 
 
 class DownBlock(nn.Module):

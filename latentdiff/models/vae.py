@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentdiff.models.attention import dot_product_attention, feature_map, tokens
 from latentdiff.models.convolution import Conv2d
-from latentdiff.models.fused import conv_add, conv_norm_silu, enlarge, group_norm, norm_silu
+from latentdiff.models.fused import conv_add, conv_enlarged, conv_norm_silu, group_norm, norm_silu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(enlarge(x, (2 * x.shape[-2], 2 * x.shape[-1])))
+        return conv_enlarged(self.conv, x, (2 * x.shape[-2], 2 * x.shape[-1]))
 
 
 class DownBlock(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from latentdiff.models import fused
 from latentdiff.models.convolution import Conv2d, product
 from latentdiff.models.onednn import has_operators
 
@@ -137,3 +138,73 @@ def test_what_is_kept_is_little_and_is_not_copied():
     assert list(conv.state_dict()) == ["weight", "bias"]
     conv(maps(1, 8, 65, 64))  # too large
     assert [shape[-1] for shape in conv._ordered] == [8, 9, 10, 11]
+
+
+def repeated_first(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), conv.weight, conv.bias, padding=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24, 1, 1), (2, 24, 4, 4), (1, 24, 5, 9), (3, 24, 16, 2)])
+def test_pixels_that_are_repeated_are_not_made(bias, shape):
+    torch.manual_seed(0)
+    conv = ordered(24, 40, 3, padding=1, bias=bias)
+    x, size = maps(*shape), [2 * side for side in shape[2:]]
+    expected = repeated_first(conv, x)
+    for _ in range(2):
+        actual = fused.conv_enlarged(conv, x, size)
+        assert list(conv._ordered) == [(x.shape, "doubled")]
+        assert actual.stride() == expected.stride()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_pixels_that_are_repeated_in_bfloat16():
+    """Sums of weights are rounded once more: a sixth more error by itself; in whole networks, see test_onednn."""
+    torch.manual_seed(0)
+    exact, x = Conv2d(64, 64, 3, padding=1).double(), maps(2, 64, 16, 16)
+    conv = ordered(64, 64, 3, padding=1)
+    conv.load_state_dict(exact.state_dict())
+    conv = conv.bfloat16()
+    y, x = repeated_first(exact, x.double()), x.bfloat16()
+    found, plain = fused.conv_enlarged(conv, x, (32, 32)), conv(fused.enlarge(x, (32, 32)))
+    error, plain_error = ((z - y).square().mean().sqrt() for z in (found, plain))
+    assert plain_error < error <= 1.25 * plain_error
+
+
+@torch.no_grad()
+def test_pixels_are_repeated_where_that_is_another_thing(monkeypatch):
+    torch.manual_seed(0)
+    x = maps(1, 8, 3, 4)
+    conv, strided = ordered(8, 8, 3, padding=1), ordered(8, 8, 3, padding=1, stride=2)
+    for layer, size in ((conv, (5, 8)), (conv, (6, 7)), (conv, (3, 4)), (strided, (6, 8))):
+        assert torch.equal(fused.conv_enlarged(layer, x, size), layer(F.interpolate(x, size=size)))
+    heard: list[torch.Size] = []
+    hook = conv.register_forward_hook(lambda _layer, inputs, _out: heard.append(inputs[0].shape))
+    fused.conv_enlarged(conv, x, (6, 8))
+    hook.remove()
+    assert heard == [(1, 8, 6, 8)]
+    monkeypatch.setattr(Conv2d, "heavy", conv.weight.numel())
+    fused.conv_enlarged(conv, x, (6, 8))
+    assert not any("doubled" in str(key) for key in conv._ordered)
+    with torch.enable_grad():
+        assert fused.conv_enlarged(conv, x.clone().requires_grad_(), (6, 8)).requires_grad
+
+
+@torch.no_grad()
+def test_weights_added_beforehand_are_added_anew_if_they_change():
+    conv, x = ordered(8, 8, 3, padding=1), maps(1, 8, 4, 4)
+    fused.conv_enlarged(conv, x, (8, 8))
+    for change in (lambda: conv.weight.mul_(2), lambda: conv.weight.data.add_(0.1), lambda: conv.bias.add_(1)):  # type: ignore[union-attr]
+        change()
+        torch.testing.assert_close(fused.conv_enlarged(conv, x, (8, 8)), repeated_first(conv, x))
+
+
+@torch.no_grad()
+def test_of_heavy_weights_one_order_is_kept(monkeypatch):
+    monkeypatch.setattr(Conv2d, "light", 0)
+    conv = ordered(8, 8, 3, padding=1)
+    for side in (4, 5):
+        fused.conv_enlarged(conv, maps(1, 8, side, side), (2 * side, 2 * side))
+    assert list(conv._ordered) == [((1, 8, 5, 5), "doubled")]

@@ -142,8 +142,9 @@ def test_whole_networks_come_no_further_from_exact_ones(monkeypatch):
 
 
 def test_they_are_at_all_their_places(monkeypatch):
-    """Each second-last layer of a residual, each first convolution with its shift, each feed-forward net."""
+    """Each second-last layer of a residual, each first convolution with its shift, each feed-forward net, each larger map."""
     linears, convolutions, linear, convolution = [], [], onednn.linear, onednn.convolution
+    doubled, transposed = [], onednn.transposed_convolution
 
     def count_linear(*args, **kwargs):
         linears.append(next(iter(kwargs), "alone"))
@@ -155,7 +156,8 @@ def test_they_are_at_all_their_places(monkeypatch):
 
     monkeypatch.setattr(onednn, "linear", count_linear)
     monkeypatch.setattr(onednn, "convolution", count_convolution)
-    unet, _ = networks(torch.bfloat16)
+    monkeypatch.setattr(onednn, "transposed_convolution", lambda *args: (doubled.append(1), transposed(*args))[1])
+    unet, vae = networks(torch.bfloat16)
     z = last(2, 4, 16, 16, dtype=torch.bfloat16)
     with torch.no_grad():
         unet(z, unet.embed_grid([500.0], None, 2, z)[500.0], torch.randn(2, 5, 24).bfloat16())
@@ -165,6 +167,10 @@ def test_they_are_at_all_their_places(monkeypatch):
         "add": 3 * len(blocks), "gelu": len(blocks), "times": len(blocks)
     }  # fmt: skip
     assert convolutions.count(True) == len(unet.res_blocks) + len(transformers)
+    assert len(doubled) == 1
+    with torch.no_grad():
+        vae.decode(z)
+    assert len(doubled) == 2
 
 
 def test_a_layer_that_somebody_listens_to_is_called():

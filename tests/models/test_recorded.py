@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentdiff import loading
 from latentdiff.loading import ready
-from latentdiff.models import recorded
+from latentdiff.models import onednn, recorded
 from latentdiff.models.attention import sdpa
 from latentdiff.models.narrow import narrow
 from latentdiff.models.recorded import Calls, Changed, Recorded, RecordedDecoder
@@ -74,6 +74,21 @@ def test_it_gives_the_same_for_other_numbers(dtype, mode, forwards):
     assert len(forwards) == before + 1
     assert len(net.book.known) == 1
     assert all(torch.equal(a, b) for a, b in zip(found, [*expected, *expected], strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not onednn.has_operators(torch.bfloat16), reason="no oneDNN, or none in bfloat16")
+def test_weights_of_products_lie_in_their_kernels_order(monkeypatch):
+    ordered, order = [], onednn.ordered_linear
+    monkeypatch.setattr(onednn, "ordered_linear", lambda *given: (ordered.append(order(*given)), ordered[-1])[1])
+    unet = network(torch.bfloat16)
+    x, t, prompt, vector = inputs(unet)
+    with Calls([x, t, *[part for pair in prompt for part in pair], vector]) as calls:
+        unet(x, t, prompt, vector)
+    # Of each block: queries, keys, values and what they find; queries and what they find in the prompt; values, gates, their end.
+    assert len(ordered) == 9 * unet.cross_attentions
+    constants = [*map(id, calls.constants.values())]
+    assert all(weight.is_mkldnn and id(weight) in constants for weight in ordered)
 
 
 @torch.no_grad()
