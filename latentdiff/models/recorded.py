@@ -38,6 +38,10 @@ class Changed(Exception):
     """A number that decided which operations run is another one than when they were written down."""
 
 
+def memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
 class Calls(TorchDispatchMode):
     """Writes down each operation that runs, as a line of a function of `inputs`.
 
@@ -48,6 +52,8 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.arguments = [f"x{i}" for i in range(len(inputs))]
         self.names = dict(zip(map(id, inputs), self.arguments, strict=True))  # of what depends on the inputs
+        self.given = {memory(x) for x in inputs}  # memory that lies elsewhere in the next call
+        self.whole: dict[int, str] = {}  # of what lies in other memory: who owns that
         self.weights: set[int] = set()  # what is made of them alone
         self.seen: list[Any] = [*inputs]  # holds all tensors, since an id is good for as long as its owner lives
         self.lines: list[tuple[str, list[str], list[str]]] = []  # text, names made, names used
@@ -67,16 +73,28 @@ class Calls(TorchDispatchMode):
         if given and not used and all(map(self.is_weight, given)):
             self.weights |= {id(x) for x in made}
             return out
+        if operation.is_view and id(args[0]) in self.whole and all(memory(x) == memory(args[0]) for x in made):
+            for x in made:
+                self.look(x, self.whole[id(args[0])])
+            return out
         parts = [self.text(x) for x in args] + [f"{name}={self.text(x)}" for name, x in (kwargs or {}).items()]
         call = f"{self.constant(getattr(operation, '_op', operation))}({', '.join(parts)})"
         if made:
             several = isinstance(out, tuple | list)
             results = [f"y{len(self.lines)}_{i}" for i in range(len(out) if several else 1)]
-            self.names |= {id(x): name for x, name in zip(out if several else [out], results, strict=True) if isinstance(x, Tensor)}
+            named = {id(x): name for x, name in zip(out if several else [out], results, strict=True) if isinstance(x, Tensor)}
+            self.names |= named
+            self.whole |= {id(x): named[id(x)] for x in made if memory(x) not in self.given}
             self.lines.append((f"{', '.join(results)}{',' * several} = {call}", results, used))
         else:  # a number by which Python may decide what runs next
             self.lines.append((f"if {call} != {self.constant(out)}: raise Changed", [], used))
         return out
+
+    def look(self, x: Tensor, whole: str) -> None:
+        """x is a view: one operation, the fastest, from the memory that it lies in, whatever the way there."""
+        self.names[id(x)], self.whole[id(x)] = (name := f"v{len(self.lines)}"), whole
+        shape, stride = self.constant(tuple(x.shape)), self.constant(x.stride())
+        self.lines.append((f"{name} = {whole}.as_strided({shape}, {stride}, {x.storage_offset()})", [name], [whole]))
 
     def is_weight(self, x: Tensor) -> bool:
         return isinstance(x, nn.Parameter) or id(x) in self.weights
@@ -109,6 +127,8 @@ class Calls(TorchDispatchMode):
         """The operations from the inputs to `out`; each result is given up after its last use."""
         body, needed = [f"return {self.names[id(out)]}"], {self.names[id(out)], *self.arguments}
         for line, made, used in reversed(self.lines):
+            if made and made[0].startswith("v") and made[0] not in needed:
+                continue  # a view on the way to another
             over = {*made, *used} - needed
             body += [f"del {', '.join(sorted(over))}"] * bool(over) + [line]
             needed |= over

@@ -368,6 +368,33 @@ def test_operations_in_place_lists_and_several_results():
         run(x)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_view_is_one_operation_whatever_the_way_there(mode):
+    class Views(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.extend([func.name()] * func.is_view)
+            return func(*args, **(kwargs or {}))
+
+    def f(x):
+        y = (x[0, 1:].T + 1).unflatten(0, (2, 2)).permute(2, 0, 1)  # of what is given, and of what is made
+        a, b = y.transpose(0, 2).contiguous().view(2, 2, -1).transpose(1, 2).chunk(2)
+        b.squeeze(0)[1:].mul_(3)  # which is seen through the others
+        return torch.cat([a, b, y.transpose(0, 2).transpose(1, 2).to(x.dtype)]).reshape(-1)[2:]
+
+    names: list[str] = []
+    with mode():
+        x, larger = torch.randn(1, 4, 4), torch.randn(3, 4, 4)
+        _, run = written(f, x)
+        assert torch.equal(run(x), f(x))
+        assert torch.equal(run(larger[1:2]), f(larger[1:2]))  # at another place of its memory
+        with Views():
+            run(x)
+    # y turned, to be copied; a and b; what is multiplied; y turned, to be joined; what is returned
+    assert names.count("aten::as_strided") == 6
+    of_the_given = {"aten::select.int", "aten::slice.Tensor", "aten::t", "aten::numpy_T"}
+    assert set(names) <= {"aten::as_strided", "aten::contiguous", *of_the_given}  # one that copies here is none
+
+
 # -- in a pipeline --
 
 
