@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -44,11 +45,15 @@ class NoiseSchedule:
         """sigma_t for t = 0 … T-1, increasing, float64."""
         return ((1 - self.abar) / self.abar).sqrt()
 
+    @cached_property
+    @torch.inference_mode(False)
+    def _log_sigmas(self) -> Float[Tensor, " T"]:
+        return self.sigmas.log()  # made once: each step asks for it
+
     def sigma(self, t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """sigma at (possibly fractional) t, linear in log sigma between the table's entries; float64."""
         t = torch.as_tensor(t, dtype=torch.float64).clamp(0, len(self) - 1)
-        low = t.floor().long().clamp(max=len(self) - 2)
-        log = self.sigmas.log()
+        low, log = t.floor().long().clamp(max=len(self) - 2), self._log_sigmas
         return torch.lerp(log[low], log[low + 1], t - low).exp()
 
     def t(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -56,7 +61,7 @@ class NoiseSchedule:
 
         Grids are float32, so t comes back within 1e-4 of what went in; values that close to an integer are snapped to it.
         """
-        log, s = self.sigmas.log(), torch.as_tensor(sigma).double().clamp(min=1e-12).log()
+        log, s = self._log_sigmas, torch.as_tensor(sigma).double().clamp(min=1e-12).log()
         low = (torch.searchsorted(log, s.contiguous()) - 1).clamp(0, len(self) - 2)
         t = (low + (s - log[low]) / (log[low + 1] - log[low])).clamp(0, len(self) - 1)
         return torch.where((t - t.round()).abs() < 1e-3, t.round(), t)

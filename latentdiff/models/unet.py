@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentdiff.models import onednn
 from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, repeated, sdpa
 from latentdiff.models.convolution import Conv2d
 from latentdiff.models.fused import conv_add, conv_enlarged, conv_norm_silu, norm_silu
@@ -74,6 +75,14 @@ def halves_alike(x: Tensor) -> bool:
     half = len(x) // 2
     looks = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
     return looks and half > 0 and torch.equal(x[:half], x[half:])
+
+
+def side_by_side(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
+    """Weights and biases as of one linear layer with the outputs of all; None where they do or show more than that."""
+    plain = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is not None and not onednn.listened_to(layer)]
+    if len(plain) < len(layers) or torch.is_grad_enabled():
+        return None
+    return torch.cat([layer.weight for layer in plain]), torch.cat([layer.bias for layer in plain])
 
 
 class Embedding(nn.Module):
@@ -277,7 +286,8 @@ class UNet(nn.Module):
         rows = 1 if vector is None else batch
         if self.config.time_cond_dim is not None or not 0 < rows * len(times) <= GRID:
             return {}
-        table = (self.embed_times(torch.full((rows,), time, device=like.device), vector, None, like.dtype) for time in times)
+        whole = side_by_side([block.time_emb_proj for block in self.res_blocks])
+        table = (self.embed_times(torch.full((rows,), time, device=like.device), vector, None, like.dtype, whole) for time in times)
         return {time: shifts.expand(batch, -1) for time, shifts in zip(times, table, strict=True)}
 
     def forward(
@@ -318,15 +328,25 @@ class UNet(nn.Module):
             x = self._run(block, x, own, size, shifts, prompt, attend, merge, number)
         return self.conv_out(norm_silu(self.conv_norm_out, x))  #                      [b, out, h, w]
 
-    def embed_times(self, t: Tensor, vector: Tensor | None, guidance_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What each res block adds at these times, side by side: [b, s]; t itself if that is what it already is."""
+    def embed_times(
+        self,
+        t: Tensor,
+        vector: Tensor | None,
+        guidance_embedding: Tensor | None,
+        dtype: torch.dtype,
+        whole: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """What each res block adds at these times, side by side: [b, s]; t itself if that is what it already is.
+
+        whole: the layers that tell it, `side_by_side`, if there are more times to come.
+        """
         if t.ndim == 2:
             return t
         emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype), guidance_embedding)
         if vector is not None:
             emb = emb + self.add_embedding(vector)
         emb = F.silu(emb)  #                                                           [b, 4 widths[0]]
-        return torch.cat([block.time_emb_proj(emb) for block in self.res_blocks], dim=1)
+        return F.linear(emb, *whole) if whole else torch.cat([block.time_emb_proj(emb) for block in self.res_blocks], dim=1)
 
     def _run(self, block: nn.Module, *args):
         return checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)

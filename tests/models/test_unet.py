@@ -291,6 +291,25 @@ def test_times_embedded_as_a_grid_stand_in_for_the_times(config):
     assert unet.embed_grid([], given["vector"], 2, given["x"]) == {}
 
 
+def test_the_layers_that_tell_the_time_are_one_product_unless_somebody_listens():
+    unet, given = make(SMALL["sd1"]), inputs(SMALL["sd1"])
+    heard, like = [], given["x"]
+    with torch.no_grad():
+        plain = unet.embed_grid([981.0, 3.0], None, 2, like)
+        one = unet.embed_times(torch.tensor([3.0]), None, None, like.dtype)
+        torch.testing.assert_close(plain[3.0], one.expand(2, -1), rtol=1e-5, atol=1e-6)
+        layer = unet.mid_block.resnets[0].time_emb_proj
+        hook = layer.register_forward_hook(lambda _layer, _inputs, out: heard.append(1) or 2 * out)
+        loud = unet.embed_grid([981.0, 3.0], None, 2, like)
+        hook.remove()
+        assert len(heard) == 2
+        place = unet.mid_block.resnets[0].place
+        torch.testing.assert_close(loud[3.0][:, place], 2 * plain[3.0][:, place], rtol=1e-5, atol=1e-6)
+    layer.weight.requires_grad_()
+    unet.embed_grid([3.0], None, 2, like)[3.0].sum().backward()
+    assert layer.weight.grad is not None
+
+
 @torch.no_grad()
 def test_runs_in_bfloat16(config):
     unet, given = make(config), inputs(config)
