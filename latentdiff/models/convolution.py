@@ -19,9 +19,9 @@ class Conv2d(nn.Conv2d):
     two other ways for small maps.
 
     Light weights are ordered once for each shape of the input and kept so beside themselves: the same kernel (and the same bits,
-    wherever we looked), in 0.4 to 0.9 of the time on maps of 4×4 to 16×16. Heavy ones, which one would not keep twice, are
-    multiplied as they are, in one matrix product, if that is faster: with 1280 channels on 8×8, 48 GFLOP/s on a core of Zen 3
-    become 78; on two cores with AMX, 2560 channels take 6 ms and not 29.
+    wherever we looked), in 0.4 to 0.9 of the time on maps of 4×4 to 16×16; what `doubled` needs is kept too. Heavy ones, which one
+    would not keep twice, are multiplied as they are, in one matrix product, if that is faster: with 1280 channels on 8×8, 48
+    GFLOP/s on a core of Zen 3 become 78; on two cores with AMX, 2560 channels take 6 ms and not 29.
     """
 
     light: ClassVar[int] = 1 << 20  # weights, at most, that are ordered once
@@ -87,7 +87,8 @@ class Conv2d(nn.Conv2d):
         return self.kept(shape, lambda weight: onednn.ordered(weight, shape, *where))
 
     def kept(self, key: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `make` makes of the weights, for the last keys; anew if they changed.
+        """What `make` makes of the weights, for the last four keys, or the last one of weights that are not light; anew if they
+        changed.
 
         torch counts changes in place, but for those through `.data`: a sample tells of them.
         """
@@ -99,8 +100,8 @@ class Conv2d(nn.Conv2d):
         return found[1]
 
     def doubles(self) -> bool:
-        """Whether `doubled` stands for this convolution, where `takes` says that `on_cpu` does. Not for heavy weights, which one
-        would not keep twice, and nearly twice as large."""
+        """Whether `doubled` stands for this convolution, where `takes` says that `on_cpu` does. Not for heavy weights: what it
+        keeps is nearly twice as large."""
         plain = (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1)) and self.weight.numel() < self.heavy
         return plain and onednn.doubles(self.weight.dtype) and not self.weight.is_inference()
 
@@ -121,10 +122,12 @@ class Conv2d(nn.Conv2d):
 
 
 def for_doubled(weight: Float[Tensor, "out c 3 3"]) -> Float[Tensor, "c out 4 4"]:
-    """Weights with which a transposed convolution, stride 2, does to a map what these do to it with each pixel repeated.
+    """Weights for a transposed convolution, stride 2 and padding 1, that does what a convolution by these does to the map with each
+    pixel repeated.
 
-    Of three neighbours in a row two come from the same pixel, so that their weights a, b, c are added first: b + c stands beside a
-    on the left of the two new pixels, c beside a + b on the right (Aitken et al. 2017, arXiv 1707.02937, show the equivalence).
+    Of weights a, b, c in a row, the left of two new pixels is a times their pixel's left neighbour plus (b + c) times itself, the
+    right one (a + b) times itself plus c times its right neighbour. So a pixel gives to four new ones, the first of them its left
+    neighbour's: c, b + c, a + b, a. (Aitken et al. 2017, arXiv 1707.02937, compare such convolutions.)
     """
     y = weight.float()
     for dim in (2, 3):

@@ -45,8 +45,9 @@ def works_on(x: Tensor) -> bool:
 
 
 def listened_to(layer: nn.Module) -> bool:
-    """Whether a hook, of its own or of all modules, waits for its call."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
+    """Whether a hook, of its own or of all modules, waits for its call, or a `forward` was set on it, as some tools do."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
+    return bool(hooks or "forward" in layer.__dict__)
 
 
 @cache

@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from latentdiff.models import onednn
 from latentdiff.models.attention import KeysValues
+from latentdiff.models.convolution import Conv2d
 from latentdiff.models.int8 import Int8
 from latentdiff.models.state import Watch
 from latentdiff.models.unet import UNet, halves_alike
 
-KEPT = 4  # recordings; each holds little but names
+KEPT = 4  # recordings; each holds light linear layers' weights once more, in their kernel's order
 SMALL = 200_000_000  # weights, at most
 PLACES = 4096  # of all maps of a batch, at most: on larger ones the operations themselves take the time
 
@@ -104,7 +105,7 @@ class Calls(TorchDispatchMode):
         bits."""
         linear, mm = torch.ops.mkldnn._linear_pointwise, torch.ops.aten.mm.default
         place = {mm: 1, linear.default: 1, linear.binary: 2}.get(operation)
-        if place is None or not self.is_weight(args[place]) or not onednn.takes(args[0]):
+        if place is None or not self.is_weight(args[place]) or not onednn.takes(args[0]) or args[place].numel() > Conv2d.light:
             return operation, args
         if operation is mm:
             operation, args = linear.default, (args[0], args[1].t(), None, "none", [], "")

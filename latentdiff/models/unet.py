@@ -78,7 +78,8 @@ def halves_alike(x: Tensor) -> bool:
 
 
 def side_by_side(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
-    """Weights and biases as of one linear layer with the outputs of all; None where they do or show more than that."""
+    """Weights and biases as of one linear layer with the outputs of all. None if one is no plain layer with a bias, or somebody
+    listens to it, or a gradient is wanted."""
     plain = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is not None and not onednn.listened_to(layer)]
     if len(plain) < len(layers) or torch.is_grad_enabled():
         return None

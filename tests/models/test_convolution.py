@@ -161,7 +161,8 @@ def test_pixels_that_are_repeated_are_not_made(bias, shape):
 
 @torch.no_grad()
 def test_pixels_that_are_repeated_in_bfloat16():
-    """Sums of weights are rounded once more: a sixth more error by itself; in whole networks, see test_onednn."""
+    """Sums of weights are rounded once more: beside the rounding of the weights themselves, a sixth more error. In whole networks,
+    see test_onednn."""
     torch.manual_seed(0)
     exact, x = Conv2d(64, 64, 3, padding=1).double(), maps(2, 64, 16, 16)
     conv = ordered(64, 64, 3, padding=1)

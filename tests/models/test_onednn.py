@@ -173,17 +173,26 @@ def test_they_are_at_all_their_places(monkeypatch):
     assert len(doubled) == 2
 
 
-def test_a_layer_that_somebody_listens_to_is_called():
-    """As a LoRA that is not merged does."""
+@pytest.mark.parametrize("way", ["hook", "forward"])
+def test_a_layer_that_somebody_listens_to_is_called(way):
+    """As a LoRA that is not merged does: by a hook, or by a `forward` set on the layer."""
     heard, listened = [], []
+    places = ("to_q", "to_out.0", "proj", "net.2", "conv1", "conv2", "proj_out", "upsamplers.0.conv", "time_emb_proj")
 
     def listen(unet):
+        for attention_ in [m for m in unet.modules() if isinstance(m, attention.Attention) and not m.cross]:
+            attention_.join()
         for name, layer in unet.named_modules():
-            if name.endswith(("to_out.0", "proj", "net.2", "conv2", "proj_out")):
+            if name.endswith(places):
                 listened.append(name)
-                layer.register_forward_hook(lambda _layer, _inputs, out, name=name: heard.append(name) or 2 * out)
+                loud = lambda out, name=name: heard.append(name) or 2 * out  # noqa: E731
+                if way == "hook":
+                    layer.register_forward_hook(lambda _layer, _inputs, out, loud=loud: loud(out))
+                else:
+                    layer.forward = lambda *given, loud=loud, forward=layer.forward, **named: loud(forward(*given, **named))
 
     loud, plain = outputs(torch.bfloat16, listen), outputs(torch.bfloat16)
+    assert {place for place in places if any(name.endswith(place) for name in heard)} == {*places}
     assert set(heard) == set(listened)
     assert rms(loud[0] - plain[0]) > 0.1 * rms(plain[0])
 
