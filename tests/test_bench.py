@@ -224,7 +224,16 @@ def test_best_kernels_are_found_for_each_product(monkeypatch):
             lambda size=size: torch.conv2d(F.interpolate(torch.ones(1, 8, 3, 3), size), torch.ones(4, 8, 3, 3), None, 1, 1)
         )
         assert conv == Conv((1, 8, *size), 4, 3, 1, 1, doubled)
-        assert len(list(ceilings.ways(conv, CPU, torch.float32))) == 4 + (doubled and onednn.doubles(torch.float32))
+        ways = list(ceilings.ways(conv, CPU, torch.float32))
+        assert len(ways) == 4 + (doubled and onednn.doubles(torch.float32))
+        with torch.no_grad():
+            assert {way().shape for way in ways} == {(1, 4, *size)}
+
+    def both():
+        large, weight = F.interpolate(torch.ones(1, 8, 3, 3), (6, 6)), torch.ones(4, 8, 3, 3)
+        return F.conv2d(large, weight, None, 1, 1), F.conv2d(large + 1, weight, None, 1, 1)
+
+    assert sorted(conv.doubled for conv in products(both)) == [False, True]
     assert ceilings.datasheet(CPU) is None
     for name, known in (("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA L4", 121.0), ("NVIDIA L40", None), ("NVIDIA RTX A1000", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)

@@ -125,7 +125,7 @@ class Attention(nn.Module):
             if self.joined() is not None:
                 return  # what was recorded on them must find them where they are
         layers = (self.to_q, self.to_k, self.to_v)
-        joined = torch.cat([layer.weight.detach() for layer in layers])
+        joined = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
         for layer, weight in zip(layers, joined.chunk(3), strict=True):
             layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         self._joined = joined, self.to_q.weight, self.to_k.weight, self.to_v.weight

@@ -95,8 +95,8 @@ class Conv2d(nn.Conv2d):
         weight = self.weight.detach()
         state, found = (weight.data_ptr(), self.weight._version, sample(weight).tolist()), self._ordered.get(key)
         if found is None or found[0] != state:
-            self._ordered = dict([*self._ordered.items()][-3:] if weight.numel() <= self.light else [])
-            found = self._ordered[key] = state, make(weight)
+            found, last = (state, make(weight)), [*self._ordered.items()][-3:] if weight.numel() <= self.light else []
+            self._ordered = dict(last) | {key: found}
         return found[1]
 
     def doubles(self) -> bool:

@@ -40,7 +40,13 @@ class Changed(Exception):
 
 
 def memory(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    """Where it lies; that of an order of oneDNN's own is not told."""
+    return id(x) if x.is_mkldnn else x.untyped_storage().data_ptr()
+
+
+def is_seen_as(x: Tensor, other: Tensor) -> bool:
+    """Whether x shows the same memory, and takes the numbers in it for the same."""
+    return memory(x) == memory(other) and (x.dtype, x.is_conj(), x.is_neg()) == (other.dtype, other.is_conj(), other.is_neg())
 
 
 class Calls(TorchDispatchMode):
@@ -74,7 +80,7 @@ class Calls(TorchDispatchMode):
         if given and not used and all(map(self.is_weight, given)):
             self.weights |= {id(x) for x in made}
             return out
-        if operation.is_view and id(args[0]) in self.whole and all(memory(x) == memory(args[0]) for x in made):
+        if operation.is_view and id(args[0]) in self.whole and all(is_seen_as(x, args[0]) for x in made):
             for x in made:
                 self.look(x, self.whole[id(args[0])])
             return out
@@ -85,6 +91,7 @@ class Calls(TorchDispatchMode):
             results = [f"y{len(self.lines)}_{i}" for i in range(len(out) if several else 1)]
             named = {id(x): name for x, name in zip(out if several else [out], results, strict=True) if isinstance(x, Tensor)}
             self.names |= named
+            self.weights -= named.keys()  # one that was written into
             self.whole |= {id(x): named[id(x)] for x in made if memory(x) not in self.given}
             self.lines.append((f"{', '.join(results)}{',' * several} = {call}", results, used))
         else:  # a number by which Python may decide what runs next
@@ -103,12 +110,14 @@ class Calls(TorchDispatchMode):
     def ordered(self, operation: Any, args: Any) -> tuple[Any, Any]:
         """A product in bfloat16 takes its weights in its kernel's order: 0.6 to 0.95 of the time and, wherever we looked, the same
         bits."""
-        linear, mm = torch.ops.mkldnn._linear_pointwise, torch.ops.aten.mm.default
-        place = {mm: 1, linear.default: 1, linear.binary: 2}.get(operation)
+        linear, aten = torch.ops.mkldnn._linear_pointwise, torch.ops.aten
+        place = {aten.mm.default: 1, aten.linear.default: 1, linear.default: 1, linear.binary: 2}.get(operation)
         if place is None or not self.is_weight(args[place]) or not onednn.takes(args[0]) or args[place].numel() > Conv2d.light:
             return operation, args
-        if operation is mm:
+        if operation is aten.mm.default:
             operation, args = linear.default, (args[0], args[1].t(), None, "none", [], "")
+        elif operation is aten.linear.default:  # in inference mode
+            operation, args = linear.default, (*(*args, None)[:3], "none", [], "")
         weight = onednn.ordered_linear(args[place], args[0][..., 0].numel())
         self.seen.append(weight)
         self.weights.add(id(weight))
@@ -151,7 +160,7 @@ class Book:
 
         alike: whether halves of the inputs are. occasion: while it is the same object, the network is taken not to change.
         """
-        key = alike, *[(x.shape, x.stride(), x.dtype) for x in inputs[:4]]
+        key = alike, *[(x.shape, x.stride(), x.dtype) for x in inputs]
         with self.lock:
             if self.watch.sees_another(occasion):
                 self.known.clear()

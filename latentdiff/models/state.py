@@ -27,6 +27,7 @@ class State:
         self.getters = [itemgetter("_modules", "_buffers", *(k for k in at if k[0] != "_")) for at in self.places]
         self.modules, self.samples = modules, [sample(weight) for weight in network.parameters()] if numbers else []
         self.held = [*self.parts()]  # an id is good for as long as its owner lives
+        self.set = any("forward" in at for at in self.places)  # which may ask for things that nobody sees change
         self.was, self.taken = self.now(), torch.cat(self.samples) if numbers else None
 
     def parts(self) -> Iterator[Any]:
@@ -46,7 +47,7 @@ class State:
             return False
 
     def is_heard(self) -> bool:
-        return any(self.hooks) or bool(torch.nn.modules.module._has_any_global_hook())
+        return self.set or any(self.hooks) or bool(torch.nn.modules.module._has_any_global_hook())
 
 
 class Watch:

@@ -179,8 +179,12 @@ def test_pixels_are_repeated_where_that_is_another_thing(monkeypatch):
     torch.manual_seed(0)
     x = maps(1, 8, 3, 4)
     conv, strided = ordered(8, 8, 3, padding=1), ordered(8, 8, 3, padding=1, stride=2)
-    for layer, size in ((conv, (5, 8)), (conv, (6, 7)), (conv, (3, 4)), (strided, (6, 8))):
+    others = [ordered(8, 8, 3, padding=1, **more) for more in ({"padding_mode": "circular"}, {"dilation": 2}, {"groups": 2})]
+    for layer, size in ((conv, (5, 8)), (conv, (6, 7)), (conv, (3, 4)), (strided, (6, 8)), *((other, (6, 8)) for other in others)):
         assert torch.equal(fused.conv_enlarged(layer, x, size), layer(F.interpolate(x, size=size)))
+    assert not any("doubled" in str(layer._ordered) for layer in (conv, strided, *others))
+    fused.conv_enlarged(conv, x.contiguous(), (6, 8))  # channels first
+    assert not any("doubled" in str(key) for key in conv._ordered)
     heard: list[torch.Size] = []
     hook = conv.register_forward_hook(lambda _layer, inputs, _out: heard.append(inputs[0].shape))
     fused.conv_enlarged(conv, x, (6, 8))
@@ -197,7 +201,12 @@ def test_pixels_are_repeated_where_that_is_another_thing(monkeypatch):
 def test_weights_added_beforehand_are_added_anew_if_they_change():
     conv, x = ordered(8, 8, 3, padding=1), maps(1, 8, 4, 4)
     fused.conv_enlarged(conv, x, (8, 8))
-    for change in (lambda: conv.weight.mul_(2), lambda: conv.weight.data.add_(0.1), lambda: conv.bias.add_(1)):  # type: ignore[union-attr]
+    for change in (
+        lambda: conv.weight.mul_(2),
+        lambda: conv.weight[0, 0, 0, 1].add_(5),  # which is none of the sample
+        lambda: conv.weight.data.add_(0.1),
+        lambda: conv.bias.add_(1),  # type: ignore[union-attr]
+    ):
         change()
         torch.testing.assert_close(fused.conv_enlarged(conv, x, (8, 8)), repeated_first(conv, x))
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentdiff import loading
 from latentdiff.loading import ready
 from latentdiff.models import onednn, recorded
-from latentdiff.models.attention import sdpa
+from latentdiff.models.attention import Attention, sdpa
+from latentdiff.models.convolution import Conv2d
 from latentdiff.models.narrow import narrow
 from latentdiff.models.recorded import Calls, Changed, Recorded, RecordedDecoder
 from latentdiff.models.unet import UNet, UNetConfig
@@ -89,6 +90,18 @@ def test_weights_of_products_lie_in_their_kernels_order(monkeypatch):
     assert len(ordered) == 9 * unet.cross_attentions
     constants = [*map(id, calls.constants.values())]
     assert all(weight.is_mkldnn and id(weight) in constants for weight in ordered)
+    for layer in [m for m in unet.modules() if isinstance(m, Attention) and not m.cross]:
+        layer.join()  # one product in the place of three
+    for mode in (torch.no_grad, torch.inference_mode):
+        ordered.clear()
+        with mode(), Calls([x, t, *[part for pair in prompt for part in pair], vector]):
+            unet(x, t, prompt, vector)
+        assert len(ordered) >= 7 * unet.cross_attentions
+    ordered.clear()
+    monkeypatch.setattr(Conv2d, "light", 0)
+    with Calls([x, t, *[part for pair in prompt for part in pair], vector]):
+        unet(x, t, prompt, vector)
+    assert not ordered
 
 
 @torch.no_grad()
@@ -387,12 +400,63 @@ def test_a_view_is_one_operation_whatever_the_way_there(mode):
         _, run = written(f, x)
         assert torch.equal(run(x), f(x))
         assert torch.equal(run(larger[1:2]), f(larger[1:2]))  # at another place of its memory
+        _, from_there = written(f, larger[1:2])
+        assert torch.equal(from_there(x), f(x))
         with Views():
             run(x)
     # y turned, to be copied; a and b; what is multiplied; y turned, to be joined; what is returned
     assert names.count("aten::as_strided") == 6
     of_the_given = {"aten::select.int", "aten::slice.Tensor", "aten::numpy_T", "aten::permute"}
     assert set(names) <= {"aten::as_strided", "aten::contiguous", *of_the_given}  # one that copies here is none
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (x + 1).view(torch.int32) + 1,
+        lambda x: torch.view_as_complex((x + 1).view(4, 2, 2)) * 2,
+        lambda x: torch.fft.fft(x).conj() * 1,
+        lambda x: torch.fft.ifft(torch.fft.fft(x) * 2).real,
+    ],
+)
+def test_a_view_that_takes_the_numbers_for_others(f):
+    x = torch.randn(4, 4)
+    _, run = written(f, x)
+    other = torch.randn(4, 4)
+    assert torch.equal(run(other), f(other))
+
+
+@pytest.mark.skipif(not onednn.has_operators(torch.bfloat16), reason="no oneDNN, or none in bfloat16")
+def test_what_is_no_weight_is_not_ordered():
+    weight = torch.randn(16, 16).bfloat16()
+
+    def written_into(x, y):
+        into = layer.weight.new_zeros(16, 16)
+        return x @ into.copy_(y)
+
+    layer = nn.Linear(16, 16).bfloat16()
+    for f in (lambda x, y: x @ y, written_into):
+        _, run = written(f, torch.randn(4, 16).bfloat16(), weight)
+        x, y = torch.randn(4, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+        assert torch.equal(run(x, y), f(x, y))
+
+
+@torch.no_grad()
+def test_weights_that_are_buffers(unet):
+    for layer in [m for m in unet.modules() if isinstance(m, nn.Conv2d)]:
+        layer.register_buffer("weight", layer._parameters.pop("weight").data)  # type: ignore[union-attr]
+    same(Recorded(unet), *inputs(unet))
+
+
+@torch.no_grad()
+def test_a_forward_that_is_set_may_ask_for_what_changes(unet):
+    layer, scale = unet.mid_block.resnets[0].conv2, [1.0]
+    forward = layer.forward
+    layer.forward = lambda *given: forward(*given) * scale[0]
+    net, given = Recorded(unet), inputs(unet)
+    same(net, *given)
+    scale[0] = 3.0
+    same(net, *given)
 
 
 # -- in a pipeline --

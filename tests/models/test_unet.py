@@ -291,11 +291,14 @@ def test_times_embedded_as_a_grid_stand_in_for_the_times(config):
     assert unet.embed_grid([], given["vector"], 2, given["x"]) == {}
 
 
-def test_the_layers_that_tell_the_time_are_one_product_unless_somebody_listens():
+def test_the_layers_that_tell_the_time_are_one_product_unless_somebody_listens(monkeypatch):
     unet, given = make(SMALL["sd1"]), inputs(SMALL["sd1"])
-    heard, like = [], given["x"]
+    heard, called, like, forward = [], [], given["x"], nn.Linear.forward
     with torch.no_grad():
+        monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: (called.append(layer), forward(layer, x))[1])
         plain = unet.embed_grid([981.0, 3.0], None, 2, like)
+        assert called == [unet.time_embedding.linear_1, unet.time_embedding.linear_2] * 2
+        monkeypatch.undo()
         one = unet.embed_times(torch.tensor([3.0]), None, None, like.dtype)
         torch.testing.assert_close(plain[3.0], one.expand(2, -1), rtol=1e-5, atol=1e-6)
         layer = unet.mid_block.resnets[0].time_emb_proj
