@@ -189,7 +189,8 @@ class Recorded:
     """Takes a U-Net's place in the loop. The same operations on the same numbers: to the last bit the same result.
 
     What a recording cannot hold, or not with profit, runs as ever: other attention or merging, a prompt that is not yet keys and
-    values, training, large maps. Changes of the network are seen between one prompt and the next.
+    values, training, large maps, layers on which a `forward` was set. Changes of the network are seen between one prompt and the
+    next, those through `.data` by a sample of each weight.
     """
 
     def __init__(self, unet: UNet):
