@@ -27,7 +27,8 @@ class State:
         self.getters = [itemgetter("_modules", "_buffers", *(k for k in at if k[0] != "_")) for at in self.places]
         self.modules, self.samples = modules, [sample(weight) for weight in network.parameters()] if numbers else []
         self.held = [*self.parts()]  # an id is good for as long as its owner lives
-        self.set = any("forward" in at for at in self.places)  # which may ask for things that nobody sees change
+        # A `forward` set on a part may ask for what nobody sees change; torch.compile sets one on its own.
+        self.set = any("forward" in vars(m) for m in modules if type(m).__name__ != "OptimizedModule")
         self.was, self.taken = self.now(), torch.cat(self.samples) if numbers else None
 
     def parts(self) -> Iterator[Any]:
