@@ -4,11 +4,9 @@ Loading is strict: every tensor of ours must be in the file with the right shape
 file must be ours or ignorable (`keymap.IGNORABLE`). Weights kept in the file's own dtype are the mapped file itself, not a copy.
 """
 
-import gc
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from latentdiff.checkpoints.families import ModelSpec, Prediction
 from latentdiff.checkpoints.files import CheckpointError, TensorFile, open_shards, open_tensors, read_json
 from latentdiff.checkpoints.fill import FLOATS, M, Options, check_leftovers, fill, on_meta
 from latentdiff.checkpoints.keymap import Source
+from latentdiff.models.graphs import uncollected
 from latentdiff.models.text import TextTower, Tokenizer
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE, VAEConfig
@@ -44,19 +43,7 @@ class Parts:
     clip: Path | None = None
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No search for garbage: a load makes many small objects that stay, and they would be looked through again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-@uncollected()
+@uncollected()  # a load makes many small objects that stay, and they would be looked through again and again
 def load_parts(
     path: str | os.PathLike,
     *,

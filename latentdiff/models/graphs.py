@@ -57,6 +57,7 @@ class Capture:
                 caller.wait_stream(self.stream)  # a run that failed may still read what the caller now gives up
             graph = torch.cuda.CUDAGraph()
             try:
+                # Somebody's garbage may hold a graph or a kernel, and to destroy one is an error while another is recorded.
                 with uncollected(), torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                     clear_workspaces()
                     out = run()
@@ -74,7 +75,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Somebody's garbage may hold a graph or a kernel, and to destroy one is an error while another is recorded."""
+    """No search for garbage meanwhile."""
     was = gc.isenabled()
     gc.disable()
     try:
