@@ -489,7 +489,7 @@ class Maker:
             if nulls:
                 null = nulls[inversion.level_of(levels, sigma.item())].to(self.dtype)
                 conds = replace(told.join(Cond(null, untold.vector)).project(self.unet), shifts=both.shifts)
-            prompt, negative = self.denoiser(attend)(x.repeat(2, 1, 1, 1), sigma, conds).chunk(2)
+            prompt, negative = self.denoiser(attend)(x, sigma, conds).chunk(2)
             return prompt + (guidance - 1) * (prompt - negative)
 
         return denoise

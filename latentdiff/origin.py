@@ -254,11 +254,10 @@ class Origin:
 
 
 def with_channels(network: Network, beside: Float[Tensor, "b k h w"]) -> Network:
-    """The network, seeing `beside` with each copy of its batch."""
+    """The network, seeing `beside` with its batch."""
 
     def joined(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /, **seams: Any) -> Tensor:
-        more = beside.to(x.dtype).repeat(len(x) // len(beside), 1, 1, 1)
-        return network(torch.cat([x, more], dim=1), t, context, vector, **seams)
+        return network(torch.cat([x, beside.to(x.dtype)], dim=1), t, context, vector, **seams)
 
     return joined
 
@@ -273,7 +272,7 @@ def instructed(
     denoiser = replace(denoiser, network=with_channels(denoiser.network, beside))
 
     def denoise(x: Float[Tensor, "b c h w"], sigma: Tensor) -> Float[Tensor, "b c h w"]:
-        nothing, seen, told = denoiser(x.repeat(3, 1, 1, 1), sigma, three).chunk(3)
+        nothing, seen, told = denoiser(x.repeat(3, 1, 1, 1), sigma, three).chunk(3)  # since what is beside it differs
         return nothing + image_guidance * (seen - nothing) + guidance * (told - seen)
 
     return denoise

@@ -25,7 +25,7 @@ from latentdiff.images import Images, Picture
 from latentdiff.models.caching import Cached
 from latentdiff.models.graphs import GraphedDecoder
 from latentdiff.models.recorded import RecordedDecoder
-from latentdiff.models.unet import UNet
+from latentdiff.models.unet import UNet, rows_of
 from latentdiff.models.vae import VAE
 from latentdiff.models.vae_tiny import TinyVAE
 from latentdiff.origin import Given, Sides, begun, canvases, prompts
@@ -524,6 +524,7 @@ def told_scale(network: Network, scale: float, dim: int) -> Network:
     embedding = torch.cat([angles.sin(), angles.cos()])[None]  # [1, dim]
 
     def told(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /, **seams: Any) -> Tensor:
-        return network(x, t, context, vector, guidance_embedding=embedding.to(x).expand(len(x), -1), **seams)  # type: ignore[call-arg]
+        embedded = embedding.to(x).expand(rows_of(context), -1)
+        return network(x, t, context, vector, guidance_embedding=embedded, **seams)  # type: ignore[call-arg]
 
     return told

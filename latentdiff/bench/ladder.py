@@ -35,7 +35,7 @@ def torchs_attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
 
 
 def own_attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-    """Ours, under another name than `sdpa`: the U-Net then shares nothing between the halves of guidance."""
+    """Ours, under another name than `sdpa`: the U-Net then shares nothing between the prompts of guidance."""
     return sdpa(q, k, v, site)
 
 
@@ -73,7 +73,7 @@ def plainly(run: Callable[[], Tensor]) -> Tensor:
 def inputs(unet: UNet) -> tuple[Tensor, Tensor]:
     weight, config = next(unet.parameters()), unet.config
     x = latents(config.in_channels, config.sample_size, 1).to(weight)
-    return torch.cat([x, x]), torch.full((2,), 500.0, device=weight.device)
+    return x, torch.full((1,), 500.0, device=weight.device)
 
 
 def steps(spec: ModelSpec, unet: UNet, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> dict[str, Step]:

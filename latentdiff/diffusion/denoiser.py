@@ -17,7 +17,11 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> x0; conditioning a
 
 
 class Network(Protocol):
-    """F(c_in · x, t, context, vector): a U-Net, or a formula in a test. `attend` and `merge` are passed only if a run sets them."""
+    """F(c_in · x, t, context, vector): a U-Net, or a formula in a test. `attend` and `merge` are passed only if a run sets them.
+
+    context (and vector) have as many rows as x or several times as many, and so has the result: all pictures with their first
+    prompts, then all with their second. x [b, c, h, w], t [b].
+    """
 
     def __call__(self, x: Tensor, t: Tensor, context, vector: Tensor | None = None, /) -> Tensor: ...
 
@@ -51,8 +55,8 @@ class Denoiser:
     attend: Callable[..., Tensor] | None = None  # in the place of the network's attention (models.attention.Attend)
     merge: Callable[..., Tensor] | None = None  # in the place of its concatenation of skip connections (models.unet.Merge)
 
-    def __call__(self, x: Float[Tensor, "b c h w"], sigma: Tensor, cond) -> Float[Tensor, "b c h w"]:
-        """sigma: 0-dim, or [b]. cond: an object with `context` and `vector`, as the network takes them.
+    def __call__(self, x: Float[Tensor, "b c h w"], sigma: Tensor, cond) -> Float[Tensor, "r c h w"]:
+        """sigma: 0-dim, or [b]. cond: an object with `context` and `vector`, as the network takes them, for r = b, or n · b rows.
 
         If it also has `shifts`, those of the time are given to the network in the place of it.
         """
@@ -64,7 +68,7 @@ class Denoiser:
         t = t.expand(x.shape[0]).to(x.device, non_blocking=True) if shifts is None else shifts
         seams = {name: seam for name, seam in (("attend", self.attend), ("merge", self.merge)) if seam is not None}
         F = self.network((c_in * x).to(self.dtype or x.dtype), t, cond.context, cond.vector, **seams)
-        return c_skip * x + c_out * F.to(x.dtype)
+        return (c_skip * x + c_out * F.to(x.dtype).unflatten(0, (-1, len(x)))).flatten(0, 1)
 
     def loss(self, x0: Float[Tensor, "b c h w"], cond, eps: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
         """The textbook eps-, v- or x0-loss at integer steps t [b]: mean (F - (x0 - c_skip·x) / c_out)², times weight [b].

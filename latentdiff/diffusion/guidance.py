@@ -74,8 +74,7 @@ def _evaluator(denoiser: Denoiser, slots: list[tuple[View, Any]]) -> Callable[[L
     def evaluate(x: Latents, sigma: Tensor) -> list[Latents]:
         out: list[Any] = [None] * len(slots)
         for model, cond, own in calls:
-            batch = x.repeat(len(own), *[1] * (x.ndim - 1)) if len(own) > 1 else x
-            for k, x0 in zip(own, model(batch, sigma, cond).chunk(len(own)), strict=True):
+            for k, x0 in zip(own, model(x, sigma, cond).chunk(len(own)), strict=True):
                 out[k] = x0
         return out
 

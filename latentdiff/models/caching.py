@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.models.attention import KeysValues, sdpa
+from latentdiff.models.attention import KeysValues, repeated, sdpa
 from latentdiff.models.fused import norm_silu
-from latentdiff.models.unet import UNet, concatenate
+from latentdiff.models.unet import UNet, concatenate, rows_of
 
 
 class Cached:
@@ -35,7 +35,7 @@ class Cached:
     ) -> Tensor:
         if torch.is_grad_enabled():
             return self.unet(x, t, context, vector, **seams)
-        fits = self.deep is not None and len(self.deep) == len(x)
+        fits = self.deep is not None and len(self.deep) == rows_of(context)
         self.age = self.age + 1 if fits and self.age + 1 < self.every else 0
         if self.age:
             return self._shallow(x, t, context, vector, **seams)
@@ -62,9 +62,9 @@ class Cached:
         guidance_embedding: Tensor | None = None,
     ) -> Tensor:
         unet, block = self.unet, self.unet.up_blocks[-1]
-        prompt = unet.project_context(context) if isinstance(context, Tensor) else context
-        shifts = unet.embed_times(t, vector, guidance_embedding, x.dtype)
-        y = merge(self.deep, unet.conv_in(x), len(unet.up_blocks) - 1)
+        prompt, rows = unet.project_context(context) if isinstance(context, Tensor) else context, rows_of(context)
+        shifts = unet.embed_times(repeated(t, rows), vector, guidance_embedding, x.dtype)
+        y = merge(self.deep, repeated(unet.conv_in(x), rows), len(unet.up_blocks) - 1)
         y = block.resnets[-1](y, shifts)  # type: ignore[index, operator]
         if block.attentions:  # type: ignore[truthy-function]
             y = block.attentions[-1](y, prompt, attend)  # type: ignore[index, operator]

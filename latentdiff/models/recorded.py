@@ -21,7 +21,7 @@ from latentdiff.models.attention import KeysValues
 from latentdiff.models.convolution import Conv2d
 from latentdiff.models.int8 import Int8
 from latentdiff.models.state import Watch
-from latentdiff.models.unet import UNet, halves_alike
+from latentdiff.models.unet import UNet, rows_of
 
 KEPT = 4  # recordings; each holds light linear layers' weights once more, in their kernel's order
 SMALL = 200_000_000  # weights, at most
@@ -155,12 +155,12 @@ class Book:
         self.watch, self.lock = Watch(network, numbers=True), threading.Lock()
         self.known: OrderedDict[Any, Callable[..., Tensor]] = OrderedDict()
 
-    def run(self, inputs: list[Tensor], call: Callable[[], Tensor], *, alike: bool = False, occasion: object = None) -> Tensor:
+    def run(self, inputs: list[Tensor], call: Callable[[], Tensor], occasion: object = None) -> Tensor:
         """call(), which depends on nothing but the inputs and the network; by itself, if somebody listens to a part of that.
 
-        alike: whether halves of the inputs are. occasion: while it is the same object, the network is taken not to change.
+        occasion: while it is the same object, the network is taken not to change.
         """
-        key = alike, *[(x.shape, x.stride(), x.dtype) for x in inputs]
+        key = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
         with self.lock:
             if self.watch.sees_another(occasion):
                 self.known.clear()
@@ -203,11 +203,11 @@ class Recorded:
         self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None = None, **seams: Any
     ) -> Tensor:
         """As `UNet.forward`: noisy latents, times or their shifts, the prompt, and SDXL's vector to the prediction, like x."""
-        if seams or isinstance(context, Tensor) or not pays(x, PLACES):
+        if seams or isinstance(context, Tensor) or not pays(x, PLACES * len(x) // rows_of(context)):
             return self.unet(x, t, context, vector, **seams)
         inputs = [x, t, *([] if vector is None else [vector]), *[part for pair in context for part in pair]]
         call = partial(self.unet, x, t, context, vector)
-        return self.book.run(inputs, call, alike=halves_alike(x), occasion=context)
+        return self.book.run(inputs, call, context)
 
 
 class RecordedDecoder:

@@ -70,11 +70,9 @@ def sinusoids(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def halves_alike(x: Tensor) -> bool:
-    """Whether the second half of a batch is the first again, as in guidance; never where looking would wait for a GPU."""
-    half = len(x) // 2
-    looks = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return looks and half > 0 and torch.equal(x[:half], x[half:])
+def rows_of(context: Tensor | list[KeysValues]) -> int:
+    """How many prompts there are, as embeddings or as keys and values."""
+    return len(context if isinstance(context, Tensor) else context[0][0])
 
 
 def side_by_side(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
@@ -294,28 +292,29 @@ class UNet(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        t: Float[Tensor, " b"] | Float[Tensor, "b s"],
-        context: Float[Tensor, "b n d"] | list[KeysValues],
-        vector: Float[Tensor, "b v"] | None = None,
+        t: Float[Tensor, " b"] | Float[Tensor, "r s"],
+        context: Float[Tensor, "r n d"] | list[KeysValues],
+        vector: Float[Tensor, "r v"] | None = None,
         *,
-        guidance_embedding: Float[Tensor, "b e"] | None = None,
+        guidance_embedding: Float[Tensor, "r e"] | None = None,
         attend: Attend = sdpa,
         merge: Merge = concatenate,
-    ) -> Float[Tensor, "b out h w"]:
+    ) -> Float[Tensor, "r out h w"]:
         """The prediction for noisy latents x (scaled to variance about 1) at times t of the training schedule.
 
+        r is b or a multiple of it: all pictures with their first prompts, then all with their second, as guidance asks for them.
         t: times, or what `embed_grid` made of them (and of the vector).
-        context: the prompt's embedding, or what `project_context` made of it. vector: SDXL's pooled text and sizes.
-        guidance_embedding: LCM's embedding of the guidance scale. attend: called in place of `sdpa` at every site.
+        context: the prompts' embedding, or what `project_context` made of it. vector: SDXL's pooled text and sizes.
+        guidance_embedding: LCM's embedding of the guidance scale. attend: called in place of `sdpa` at every site, with r rows.
         merge: called in place of `concatenate` where a skip connection joins the way up.
         Raises ValueError where a shape does not fit the configuration.
         """
-        self._check(x, t, vector, guidance_embedding)
-        self._check_batch(context, len(x))
+        rows = rows_of(context)
+        self._check(x, t, context, vector, guidance_embedding)
         prompt = self.project_context(context) if isinstance(context, Tensor) else context
-        shifts = self.embed_times(t, vector, guidance_embedding, x.dtype)
-        if attend is sdpa and halves_alike(x) and halves_alike(shifts):
-            x = x[: len(x) // 2]  # all is the same until the prompt is heard, where the first cross-attention repeats it
+        shifts = self.embed_times(repeated(t, rows), vector, guidance_embedding, x.dtype)
+        if attend is not sdpa or vector is not None or guidance_embedding is not None:
+            x = repeated(x, rows)  # else all prompts share what comes before they are heard, up to the first cross-attention
 
         x = self.conv_in(x)  #                                                         [b, widths[0], h, w]
         skips = [x]
@@ -352,25 +351,24 @@ class UNet(nn.Module):
     def _run(self, block: nn.Module, *args):
         return checkpoint(block, *args, use_reentrant=False) if self.checkpointing else block(*args)
 
-    def _check(self, x: Tensor, t: Tensor, vector: Tensor | None, guidance_embedding: Tensor | None) -> None:
-        config = self.config
+    def _check(
+        self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None, guidance_embedding: Tensor | None
+    ) -> None:
+        config, rows = self.config, rows_of(context)
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise ValueError(f"x has shape {list(x.shape)}: needs [batch, {config.in_channels}, height, width]")
-        if t.shape not in (x.shape[:1], (len(x), self.shifts)):
-            raise ValueError(f"t has shape {list(t.shape)}: needs [{len(x)}], one time for each of x, or [{len(x)}, {self.shifts}]")
+        if not isinstance(context, Tensor) and len(context) != self.cross_attentions:
+            raise ValueError(f"context has {len(context)} entries: needs {self.cross_attentions}, as project_context makes")
+        if rows < len(x) or (rows % len(x) if len(x) else rows):
+            raise ValueError(f"context has batch {rows}: needs {len(x)}, as x has, or a multiple of it")
+        if t.shape not in (x.shape[:1], (rows, self.shifts)):
+            raise ValueError(f"t has shape {list(t.shape)}: needs [{len(x)}], one time for each of x, or [{rows}, {self.shifts}]")
         optional = {
             "vector": (vector, config.vector_dim),
             "guidance_embedding": (guidance_embedding, config.time_cond_dim),
         }
         for name, (value, dim) in optional.items():
             given = None if value is None else list(value.shape)
-            if given != (None if dim is None else [len(x), dim]):
-                allowed = "None: this model takes none" if dim is None else f"shape [{len(x)}, {dim}]"
+            if given != (None if dim is None else [rows, dim]):
+                allowed = "None: this model takes none" if dim is None else f"shape [{rows}, {dim}]"
                 raise ValueError(f"{name} has shape {given}: needs {allowed}")
-
-    def _check_batch(self, context: Tensor | list[KeysValues], batch: int) -> None:
-        if not isinstance(context, Tensor) and len(context) != self.cross_attentions:
-            raise ValueError(f"context has {len(context)} entries: needs {self.cross_attentions}, as project_context makes")
-        given = len(context if isinstance(context, Tensor) else context[0][0])
-        if given != batch:
-            raise ValueError(f"context has batch {given}: needs {batch}, as x has")

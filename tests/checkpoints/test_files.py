@@ -389,7 +389,7 @@ def test_a_folder_that_cannot_be_flushed_is_written(tmp_path, monkeypatch):
     assert (tmp_path / "m" / "a").exists()
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1], ids=["own", "of none"])
 def test_what_a_killed_process_left_is_cleared_away(tmp_path, pid):
     """Also by one with the same number, as in containers; an older folder only once there is another."""
     whole = [tmp_path / "m", tmp_path / "m.safetensors"]

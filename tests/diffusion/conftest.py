@@ -31,6 +31,7 @@ def network():
     """A bounded, nonlinear function of everything that a network sees, in x's dtype."""
 
     def F(x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
+        x, t = (each.repeat(len(context) // len(x), *[1] * (each.ndim - 1)) for each in (x, t))
         time = t.reshape(-1, 1, 1, 1).to(x.dtype) / 300
         return torch.sin(1.5 * x + time) + context.reshape(-1, 1, 1, 1).to(x.dtype) * torch.cos(x - time)
 

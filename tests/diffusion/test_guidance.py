@@ -36,11 +36,11 @@ SIGMA = torch.tensor(2.0)
 
 @pytest.fixture
 def counted(network):
-    """A network, and the batch sizes that it was called with."""
+    """A network, and how many prompts it was called with."""
     sizes = []
 
     def F(x, t, context, vector=None):
-        sizes.append(len(x))
+        sizes.append(len(context))
         return network(x, t, context)
 
     return F, sizes
@@ -302,9 +302,9 @@ def test_rules_add_their_directions(unet, prompt, noise):
 def test_every_estimate_of_a_rule_is_one_batch(unet, prompt, noise):
     sizes = []
 
-    def F(x, *args, **seams):
-        sizes.append(len(x))
-        return unet(x, *args, **seams)
+    def F(x, t, context, *args, **seams):
+        sizes.append(len(context))
+        return unet(x, t, context, *args, **seams)
 
     denoise = guided(Denoiser(F, linear()), prompt(1), prompt(2), interval(cfg(4.0), 1.0, 3.0) + pag(2.0) + apg(2.0))
     denoise(noise(2, 4, 8, 8), SIGMA)

@@ -49,12 +49,11 @@ def forwards(monkeypatch) -> list[int]:
     return calls
 
 
-def inputs(unet: UNet, seed: int = 0, batch: int = 2, size: int = 8, alike: bool = False):
+def inputs(unet: UNet, seed: int = 0, batch: int = 2, size: int = 8, prompts: int = 1):
     generator, dtype = torch.Generator().manual_seed(seed), next(unet.parameters()).dtype
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
-    prompt = unet.project_context(draw(batch, 5, 12))
-    x = draw(batch, 4, size, size)
-    return (x[:1].repeat(batch, 1, 1, 1) if alike else x), torch.full((batch,), 500.0 + seed), prompt, draw(batch, 6)
+    prompt = unet.project_context(draw(batch * prompts, 5, 12))
+    return draw(batch, 4, size, size), torch.full((batch,), 500.0 + seed), prompt, draw(batch * prompts, 6)
 
 
 def same(net: Recorded, *given, **seams) -> None:
@@ -107,7 +106,7 @@ def test_weights_of_products_lie_in_their_kernels_order(monkeypatch):
 @torch.no_grad()
 def test_every_shape_has_its_own_and_few_are_kept(unet, forwards):
     net = Recorded(unet)
-    shapes = [{"batch": b, "size": s, "alike": a} for b, s in ((1, 8), (2, 8), (3, 8), (2, 6)) for a in (True, False)]
+    shapes = [{"batch": b, "size": s, "prompts": n} for b, s in ((1, 8), (2, 8), (3, 8), (2, 6)) for n in (2, 1)]
     for shape in shapes:
         same(net, *inputs(unet, **shape))
     assert len(net.book.known) == recorded.KEPT
@@ -121,17 +120,24 @@ def test_every_shape_has_its_own_and_few_are_kept(unet, forwards):
 
 @torch.no_grad()
 def test_numbers_that_decide_are_looked_at_again(unet):
-    """Halves that were alike when it was written down: their work is done once, which would be wrong where they differ."""
-    with Calls([*(x := inputs(unet, alike=True))[:2], *(flat := [part for pair in x[2] for part in pair]), x[3]]) as calls:
-        out = unet(*x)
+    """As those by which a part that is not ours may decide what it does."""
+
+    class Deciding(nn.Module):
+        def forward(self, x):
+            return x if x[0, 0, 0, 0] > 0 else 2 * x
+
+    unet.conv_in = nn.Sequential(Deciding(), unet.conv_in)
+    x, t, prompt, vector = inputs(unet)
+    with Calls([x, t, *(flat := [part for pair in prompt for part in pair]), vector]) as calls:
+        out = unet(x, t, prompt, vector)
     run = calls.function(out)
-    assert torch.equal(run(x[0], x[1], *flat, x[3]), out)
+    assert torch.equal(run(x, t, *flat, vector), out)
     with pytest.raises(Changed):
-        run(torch.randn_like(x[0]), x[1], *flat, x[3])
+        run(-x, t, *flat, vector)
     net = Recorded(unet)
-    net(*x)
-    same(net, x[0], torch.tensor([500.0, 400.0]), x[2], x[3])  # the same shapes, but the times of the halves differ
-    same(net, *inputs(unet, seed=1, alike=True))
+    net(x, t, prompt, vector)
+    same(net, -x, t, prompt, vector)
+    same(net, 2 * x, t, prompt, vector)
 
 
 CHANGES = {

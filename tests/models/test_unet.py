@@ -238,30 +238,34 @@ def test_a_batch_equals_its_pictures_one_by_one(config):
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "embedded"])
+@torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (13, 18)], ids=["even", "odd"])
-def test_what_both_halves_of_guidance_share_is_computed_once(name, size):
-    """Same numbers as for the two halves one by one; other latents, times or vectors are not taken for the same."""
-    config = SMALL[name]
-    unet, given = make(config), inputs(config, batch=1, size=size)
-    pairs = {key: value if value is None else torch.cat([value, value]) for key, value in given.items()}
-    pairs["context"] = torch.randn(2, 7, config.context_dim)
+@pytest.mark.parametrize("prompts", [2, 3])
+def test_what_the_prompts_of_a_picture_share_is_computed_once(config, size, prompts):
+    """Two pictures, several prompts each, as guidance asks: the same numbers as for each prompt by itself. What a vector, a
+    guidance embedding or another attention sets apart from the beginning is not shared."""
+    unet, given = make(config), inputs(config, size=size)
+    for name, value in given.items():
+        if value is not None and name not in ("x", "t"):
+            given[name] = torch.randn(prompts * 2, *value.shape[1:])
+    given["t"] = torch.tensor([981.0, 20.0])
+    expected = torch.cat([
+        unet(**{name: value if value is None or len(value) == 2 else value.chunk(prompts)[k] for name, value in given.items()})
+        for k in range(prompts)
+    ])  # fmt: skip
     rows = []
     unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda block, args: rows.append(len(args[0])))
-
-    def one_by_one(given):
-        alone = [{key: value if value is None else value[i : i + 1] for key, value in given.items()} for i in range(2)]
-        return torch.cat([unet(**inputs) for inputs in alone])
-
-    changes = [{}, {"x": pairs["x"] + torch.tensor([0, 1e-3]).view(2, 1, 1, 1)}, {"t": torch.tensor([981.0, 980.0])}]
-    changes += [{"vector": torch.randn(2, 64)}] if config.vector_dim else []
-    for change, expected in zip(changes, [1, 2, 2, 2], strict=False):
-        with torch.no_grad():
-            torch.testing.assert_close(unet(**pairs | change), one_by_one(pairs | change), rtol=1e-5, atol=1e-5)
-        assert rows == [expected, 1, 1]
+    other = lambda q, k, v, site: (rows.append(len(q)), sdpa(q, k, v, site))[1]  # noqa: E731
+    prompt = unet.project_context(given["context"])
+    for change in ({}, {"context": prompt}, {"attend": other}):
+        torch.testing.assert_close(unet(**given | change), expected, rtol=1e-5, atol=1e-5)
+        shared = not change.get("attend") and config.vector_dim is None and config.time_cond_dim is None
+        assert {*rows} == {2 if shared else 2 * prompts}
         rows.clear()
-    unet(**pairs)
-    assert rows == [2]  # under autograd all stays as it is
+    if config.time_cond_dim is None:
+        shifts = unet.embed_grid([981.0], given["vector"], 2 * prompts, given["x"])[981.0]
+        at_once = unet(**given | {"t": torch.full((2,), 981.0)})
+        torch.testing.assert_close(unet(**given | {"t": shifts}), at_once, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
