@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import sys
 import tarfile
 from dataclasses import replace
@@ -12,6 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # its neighbours, and what it starts, share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_dataset.py"
 
