@@ -58,11 +58,13 @@ class Conv2d(nn.Conv2d):
         return fused.kernels().add_(y, bias) if fused.is_last(y) else y + bias[:, None, None]
 
     def takes(self, x: Tensor) -> bool:
-        """Whether this is for `on_cpu`."""
+        """Whether this is for `on_cpu`. Not maps of one pixel or one channel: torch 2.10 fails where an order of memory
+        may be taken for another."""
         return (
             onednn.works_on(x)
             and x.dtype == self.weight.dtype
             and fused.is_last(x)
+            and not x.is_contiguous()
             and (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
             and not isinstance(self.padding, str)
         )

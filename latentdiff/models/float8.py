@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,9 +29,20 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n out"]:
         rows, scale = to_float8(x.flatten(0, -2))
-        multiply = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-        y = multiply(rows, self.weight.T, scale_a=scale, scale_b=self.scale.T, bias=self.bias, out_dtype=x.dtype)
-        return y.unflatten(0, x.shape[:-1])
+        return product(rows, scale, self.weight, self.scale, self.bias, x.dtype).unflatten(0, x.shape[:-1])
+
+
+def product(
+    x: Tensor,
+    of_x: Float[Tensor, "n 1"],
+    weight: Tensor,
+    of_weight: Float[Tensor, "out 1"],
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Float[Tensor, "n out"]:
+    """x [n, c] and weight [out, c] in 8 bits, each row times its scale, multiplied; and the bias."""
+    multiply = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+    return multiply(x, weight.T, scale_a=of_x, scale_b=of_weight.T, bias=bias, out_dtype=dtype)
 
 
 def to_float8(x: Float[Tensor, "n c"]) -> tuple[Tensor, Float[Tensor, "n 1"]]:
@@ -40,7 +53,20 @@ def to_float8(x: Float[Tensor, "n c"]) -> tuple[Tensor, Float[Tensor, "n 1"]]:
 
 def has_float8(device: torch.device) -> bool:
     """Whether the device multiplies in 8 bits; a CPU only pretends, slowly, which is enough for tests."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
+    if device.type == "cpu":
+        return pretends()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@cache
+def pretends() -> bool:
+    """Whether torch knows scales of rows on a CPU: 2.10 does not."""
+    ones = torch.ones(16, 16)
+    try:
+        product(*to_float8(ones), *to_float8(ones))
+    except RuntimeError:
+        return False
+    return True
 
 
 def quantise(unet: nn.Module) -> None:

@@ -146,7 +146,7 @@ def repeated_first(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 24, 1, 1), (2, 24, 4, 4), (1, 24, 5, 9), (3, 24, 16, 2)])
+@pytest.mark.parametrize("shape", [(1, 24, 1, 2), (2, 24, 4, 4), (1, 24, 5, 9), (3, 24, 16, 2)])
 def test_pixels_that_are_repeated_are_not_made(bias, shape):
     torch.manual_seed(0)
     conv = ordered(24, 40, 3, padding=1, bias=bias)
@@ -157,6 +157,14 @@ def test_pixels_that_are_repeated_are_not_made(bias, shape):
         assert list(conv._ordered) == [(x.shape, "doubled")]
         assert actual.stride() == expected.stride()
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_single_pixel_is_left_to_torch():
+    """Its memory is channels-last and is not, which some versions of oneDNN's operators do not bear."""
+    conv, x, other = ordered(24, 24, 3, padding=1), maps(2, 24, 1, 1), maps(2, 24, 1, 1)
+    torch.testing.assert_close(fused.conv_add(conv, x, other), other + F.conv2d(x, conv.weight, conv.bias, padding=1))
+    assert not conv._ordered
 
 
 @torch.no_grad()
