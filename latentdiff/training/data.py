@@ -97,7 +97,7 @@ class FileSource:
             try:
                 captions = read_captions(caption_name, _read(caption))
                 image = square_picture(_read(picture), self.size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
                 bad[i] = f"{name}: {error}"
                 self.check(bad)  # here, and not after reading all of them
                 continue
@@ -138,20 +138,21 @@ def _read(place: Place) -> bytes:
 
 
 def _pairs(files: Mapping[str, Place]) -> list[tuple[str, Place, str, Place]]:
-    """Every picture that has a caption; `.txt` is preferred to `.json`."""
+    """Every picture that has a caption; `.txt` is preferred to `.json`. macOS's `._cat.jpg` is not a picture but about one."""
+    parts = {name: os.path.splitext(name) for name in files if not os.path.basename(name).startswith("._")}
+    texts = {(stem, suffix.lower()): name for name, (stem, suffix) in parts.items()}
     pairs = []
-    for name, place in files.items():
-        stem, suffix = os.path.splitext(name)
-        caption = next((stem + s for s in (".txt", ".json") if stem + s in files), None)
+    for name, (stem, suffix) in parts.items():
+        caption = texts.get((stem, ".txt")) or texts.get((stem, ".json"))
         if suffix.lower() in SUFFIXES and caption:
-            pairs.append((name, place, caption, files[caption]))
+            pairs.append((name, files[name], caption, files[caption]))
     return pairs
 
 
 def read_captions(name: str, content: bytes) -> list[str]:
     """The captions in a `.txt` (one, the whole text) or `.json` file, none of them empty."""
-    found: Any = content.decode("utf-8")
-    if name.endswith(".json"):
+    found: Any = content.decode("utf-8-sig")  # Windows likes to begin with a byte order mark, which is no word
+    if name.lower().endswith(".json"):
         fields = json.loads(found)
         found = (fields.get("caption") or fields.get("text")) if isinstance(fields, dict) else fields
     captions = [" ".join(c.split()) for c in (found if isinstance(found, list) else [found]) if isinstance(c, str) and c.strip()]

@@ -328,6 +328,19 @@ def test_every_picture_comes_with_its_own_caption(folder: Path) -> None:
     assert all(caption in (f"picture {i}", f"image {i}") for i, caption in found.items())
 
 
+def test_files_as_other_systems_write_them(folder: Path, tmp_path: Path) -> None:
+    """A byte order mark before the text, names in capitals, and what macOS puts beside each file of a tar or a foreign disk."""
+    wanted = sorted(FileSource.folder(folder, 8).get(i, 0)[1] for i in range(20))
+    for file in [file for file in folder.rglob("*.*") if file.is_file()]:
+        text = b"" if file.suffix == ".png" else b"\xef\xbb\xbf"
+        file.with_name(file.name.upper()).write_bytes(text + file.read_bytes())
+        file.with_name(f"._{file.name.upper()}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        file.unlink()
+    for source in (FileSource.folder(folder, 8), FileSource.tar(to_tar(folder, tmp_path / "p.tar"), 8)):
+        assert sorted(source.get(i, 0)[1] for i in range(len(source))) == wanted
+        assert not source.bad
+
+
 def test_one_of_several_captions_is_chosen_by_the_seed(folder: Path) -> None:
     source = FileSource.folder(folder, 8)
     index = next(i for i, pair in enumerate(source.pairs) if pair[0].endswith("02.png"))
@@ -391,14 +404,15 @@ def test_bad_pictures_and_captions_are_passed_over_and_counted(folder: Path) -> 
     (folder / "06.txt").write_text("  \n")
     (folder / "08.json").write_bytes(b"\xff\xfe{")
     (folder / "10.json").write_text('{"caption": "half a pair \\ud83d"}')
-    source = FileSource.folder(folder, 8, max_bad=0.3)
-    with pytest.warns(UserWarning, match="passing over 00.png: cannot identify .*; at most 30% may be bad") as told:
+    (folder / "14.json").write_text("[" * 100_000)
+    source = FileSource.folder(folder, 8, max_bad=0.4)
+    with pytest.warns(UserWarning, match="passing over 00.png: cannot identify .*; at most 40% may be bad") as told:
         captions = [source.get(i, seed=0)[1] for i in range(20)]
     assert len(told) == 1
-    assert len(source.bad) == 6
-    assert not any(int(caption.split()[1]) in (0, 2, 4, 6, 8, 10) for caption in captions)
+    assert len(source.bad) == 7
+    assert not any(int(caption.split()[1]) in (0, 2, 4, 6, 8, 10, 14) for caption in captions)
     assert captions == [source.get(i, seed=0)[1] for i in range(20)]
-    assert len(source.bad) == 6
+    assert len(source.bad) == 7
 
 
 def test_too_many_bad_pictures_are_an_error(folder: Path) -> None:
