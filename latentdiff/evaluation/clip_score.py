@@ -94,12 +94,18 @@ class ClipScorer:
 
     @classmethod
     def from_open_clip(cls, name: str, weights: str | Path, device: str | torch.device = "cpu") -> ClipScorer:
-        """A CLIP of `open_clip`: an architecture's name ("ViT-B-32") and a file with its weights."""
+        """A CLIP of `open_clip`: an architecture's name ("ViT-B-32") and a file with its weights.
+
+        Errors: FileNotFoundError; ValueError where open_clip does not know the name or cannot take the weights.
+        """
         import open_clip
 
         if not Path(weights).is_file():
             raise FileNotFoundError(f"{weights}: there is no such file with the weights of {name}")
-        model, _, prepare = open_clip.create_model_and_transforms(name, pretrained=str(weights), device=device)
+        try:
+            model, _, prepare = open_clip.create_model_and_transforms(name, pretrained=str(weights), device=device)
+        except Exception as error:  # of many types: an unknown name, a file of no weights or of another network's
+            raise ValueError(f"judge: open_clip makes no {name} of {weights} ({str(error)[:200]})") from error
         judge: Any = model.eval()
         tokenize, transform = open_clip.get_tokenizer(name), cast(Any, prepare)
 
