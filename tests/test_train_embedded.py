@@ -85,6 +85,20 @@ def test_stages_are_timed(recipe: ModuleType, made: Path) -> None:
     assert all(s >= 0 for s in seconds.values())
 
 
+def test_times_survive_a_kill_while_they_are_written(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text.encode()[:3])
+        raise KeyboardInterrupt
+
+    recipe.timed(tmp_path, "vae", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.timed(tmp_path, "clip", lambda: None)
+    recipe.timed(tmp_path, "clip", lambda: None)
+    assert list(json.loads((tmp_path / "times.json").read_text())) == ["vae", "clip"]
+
+
 def test_what_is_done_is_not_done_again(recipe: ModuleType, made: Path, drawings_folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in made.glob("*/step-*/*")}
     seconds = json.loads((made / "times.json").read_text())
