@@ -249,7 +249,7 @@ def drawings_exam(drawings: Drawings, config: Evaluation, size: int) -> Exam:
     held_out = drawings.held_out[: config.pictures]
     concepts = [drawings.records[i]["concept"] for i in held_out]
     by_others = [
-        next(i for i in drawings.hands[c] if style(drawings, i) != style(drawings, k))
+        next(i for i in drawings.hands[c] if drawings.records[i]["style"] != drawings.records[k]["style"])
         for c, k in zip(concepts, held_out, strict=True)
     ]
     everyday = list(dict.fromkeys(words(c) for c in drawings.everyday))
@@ -260,10 +260,6 @@ def drawings_exam(drawings: Drawings, config: Evaluation, size: int) -> Exam:
         held_out=[Image.fromarray(drawings.plain(i, size)) for i in held_out],
         others=[Image.fromarray(drawings.plain(i, size)) for i in by_others],
     )
-
-
-def style(drawings: Drawings, index: int) -> str:
-    return drawings.records[index]["style"]
 
 
 def pictures_exam(config: Evaluation, size: int) -> Exam:

@@ -204,20 +204,17 @@ class _Positions(Dataset[Any]):
     def __getitems__(self, positions: range) -> tuple[Pictures, dict[int, str]] | ValueError:
         """A batch and what was passed over for it; or an error, which a worker could only raise with a traceback in its text."""
         indices = order(self.seed, len(self.source), positions.start, len(positions)).tolist()
-        images, captions, bad = [], [], {}
+        source, images, captions, bad = self.source, [], [], {}
         try:
             for position, index in zip(positions, indices, strict=True):
                 fresh = int(np.random.SeedSequence((self.seed, position)).generate_state(1)[0])
-                image, caption, passed = self._find(index, fresh)
-                images.append(image)
-                captions.append(caption)
-                bad |= passed
+                found = source.find(index, fresh) if isinstance(source, FileSource) else (*source.get(index, fresh), {})
+                images.append(found[0])
+                captions.append(found[1])
+                bad |= found[2]
         except ValueError as error:
             return error
         return (torch.stack(images), captions), bad
-
-    def _find(self, index: int, seed: int) -> tuple[Tensor, str, dict[int, str]]:
-        return self.source.find(index, seed) if isinstance(self.source, FileSource) else (*self.source.get(index, seed), {})
 
 
 def _as_it_is(batch: Any) -> Any:
