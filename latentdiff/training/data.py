@@ -67,7 +67,7 @@ class FileSource:
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder")
         files = {p.relative_to(root).as_posix(): (p, 0, p.stat().st_size) for p in sorted(root.rglob("*")) if p.is_file()}
-        return cls(_pairs(files), size, where=str(root), max_bad=max_bad)
+        return cls(_pairs(files, root), size, where=str(root), max_bad=max_bad)
 
     @classmethod
     def tar(cls, path: str | Path, size: int, *, max_bad: float = 0.05) -> "FileSource":
@@ -77,7 +77,7 @@ class FileSource:
                 files = {m.name: (path, m.offset_data, m.size) for m in tar if m.isfile()}
         except tarfile.TarError as error:
             raise ValueError(f"{path} is no uncompressed tar: {error}") from error
-        return cls(_pairs(files), size, where=str(path), max_bad=max_bad)
+        return cls(_pairs(files, path), size, where=str(path), max_bad=max_bad)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -137,16 +137,20 @@ def _read(place: Place) -> bytes:
         return file.read(size)
 
 
-def _pairs(files: Mapping[str, Place]) -> list[tuple[str, Place, str, Place]]:
-    """Every picture that has a caption; `.txt` is preferred to `.json`. macOS's `._cat.jpg` is not a picture but about one."""
+def _pairs(files: Mapping[str, Place], where: object) -> list[tuple[str, Place, str, Place]]:
+    """Every picture that has a caption, and a warning if others have none; `.txt` is preferred to `.json`.
+
+    macOS's `._cat.jpg` is not a picture but about one.
+    """
     parts = {name: os.path.splitext(name) for name in files if not os.path.basename(name).startswith("._")}
     texts = {(stem, suffix.lower()): name for name, (stem, suffix) in parts.items()}
-    pairs = []
-    for name, (stem, suffix) in parts.items():
-        caption = texts.get((stem, ".txt")) or texts.get((stem, ".json"))
-        if suffix.lower() in SUFFIXES and caption:
-            pairs.append((name, files[name], caption, files[caption]))
-    return pairs
+    pictures = {name: stem for name, (stem, suffix) in parts.items() if suffix.lower() in SUFFIXES}
+    captions = {name: texts.get((stem, ".txt")) or texts.get((stem, ".json")) for name, stem in pictures.items()}
+    alone = [name for name, caption in captions.items() if caption is None]
+    if 0 < len(alone) < len(pictures):
+        which = f"{len(alone)} of {len(pictures)} pictures, which have no .txt or .json caption of their name, such as {alone[0]}"
+        warnings.warn(f"{where}: leaving out {which}", stacklevel=4)
+    return [(name, files[name], caption, files[caption]) for name, caption in captions.items() if caption]
 
 
 def read_captions(name: str, content: bytes) -> list[str]:

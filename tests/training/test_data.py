@@ -330,6 +330,15 @@ def test_files_as_other_systems_write_them(folder: Path, tmp_path: Path) -> None
         assert not source.bad
 
 
+def test_pictures_without_a_caption_are_told_of(folder: Path, tmp_path: Path) -> None:
+    for name in ("00.txt", "02.json"):
+        (folder / name).unlink()
+    for what in (folder, to_tar(folder, tmp_path / "p.tar")):
+        said = f"{what}: leaving out 2 of 20 pictures, which have no .txt or .json caption of their name, such as 00.png"
+        with pytest.warns(UserWarning, match=said):
+            assert len(open_source(what, 8)) == 18
+
+
 def test_one_of_several_captions_is_chosen_by_the_seed(folder: Path) -> None:
     source = FileSource.folder(folder, 8)
     index = next(i for i, pair in enumerate(source.pairs) if pair[0].endswith("02.png"))
@@ -454,6 +463,7 @@ def test_exif_that_is_cut_off_does_not_matter(form: str) -> None:
     assert square_picture(png("red", form=form, exif=b"Exif\0\0II*\0"), 8).shape == (8, 8, 3)
 
 
+@pytest.mark.filterwarnings("ignore:.*leaving out:UserWarning")
 def test_a_fingerprint_is_of_names_sizes_and_captions(folder: Path, tmp_path: Path, drawings_folder: Path) -> None:
     first = FileSource.folder(folder, 8).fingerprint()
     assert FileSource.folder(folder, 16).fingerprint() == first
