@@ -161,7 +161,7 @@ def build(data: Path, packages: Path | None) -> None:
 
 def together(stage: str, preset: str, run: Path, data: Path, processes: int, start: Path | None) -> None:
     """One stage in several processes, each of them this script again."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]  # what follows is ours
     again = [Path(__file__), run, "--preset", preset, "--data", data, "--stage", stage, *(["--start", start] if start else [])]
     subprocess.run([sys.executable, *launch, *again], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 

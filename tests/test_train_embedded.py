@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import parse_args
 
 pytest.importorskip("accelerate")
 
@@ -139,12 +140,15 @@ def test_several_processes_are_this_script_again(recipe: ModuleType, tmp_path: P
     calls: list[tuple[list[str], dict[str, Any]]] = []
     monkeypatch.setattr(recipe.subprocess, "run", lambda command, **options: calls.append(([*map(str, command)], options)))
     recipe.main(tmp_path / "run", data=tmp_path / "data", processes=2, stage="clip")
-    (command, options), *rest = calls
-    assert not rest
-    assert command[:7] == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    assert command[7:] == [str(tmp_path / "run"), "--preset", "cpu", "--data", str(tmp_path / "data"), "--stage", "clip"]
-    assert options["check"]
-    assert options["env"]["OMP_NUM_THREADS"] == "1"
+    recipe.main(tmp_path / "run", data=tmp_path / "data", processes=2, stage="unet", start=tmp_path)
+    for (command, options), told in zip(calls, (["clip"], ["unet", "--start", str(tmp_path)]), strict=True):
+        assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+        understood = parse_args(command[3:])  # as the launcher does, which has an option --start-method of its own
+        assert (understood.standalone, understood.nproc_per_node, understood.training_script) == (True, "2", str(SCRIPT))
+        run = [str(tmp_path / "run"), "--preset", "cpu", "--data", str(tmp_path / "data"), "--stage", *told]
+        assert understood.training_script_args == run
+        assert options["check"]
+        assert options["env"]["OMP_NUM_THREADS"] == "1"
     with pytest.raises(SystemExit, match="--processes must be at least 1, got 0"):
         recipe.main(tmp_path, processes=0)
 

@@ -3,7 +3,8 @@
 Resume equals an uninterrupted run, bit for bit on a CPU, without saving any random state: the data of step n and its noise are pure
 functions of (seed, n), so that a resumed run draws what the uninterrupted one would have drawn.
 
-Several processes are started by `accelerate launch` or `torchrun`: `torchrun --nproc-per-node 2 -m latentdiff.cli train vae …`.
+Several processes are started by `accelerate launch` or `torchrun`: `torchrun --nproc-per-node 2 -m -- latentdiff.cli train vae …`
+(without the `--`, torchrun takes our `--start` for one of its own options).
 """
 
 # No postponed annotations here: the command line reads LoopConfig's types in the modules of its subclasses.
