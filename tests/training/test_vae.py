@@ -111,6 +111,7 @@ def test_the_saved_folder_loads_and_has_latents_of_unit_variance(runs: Any, pict
     assert vae.config.sample_size == runs.SIZE
 
 
+@pytest.mark.filterwarnings("ignore:.*leaving out:UserWarning")
 def test_a_finished_vae_stays_as_it_is(runs: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scale too, which belongs to every U-Net that was made of it, and which other machines would find a little different."""
     c = config(tmp_path / "run", pictures, runs.VAE_SIZES, steps=1)
