@@ -161,7 +161,7 @@ def build(data: Path, packages: Path | None) -> None:
 
 def together(stage: str, preset: str, run: Path, data: Path, processes: int, start: Path | None) -> None:
     """One stage in several processes, each of them this script again."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]  # what follows is ours
     again = [Path(__file__), run, "--preset", preset, "--data", data, "--stage", stage, *(["--start", start] if start else [])]
     subprocess.run([sys.executable, *launch, *again], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -245,6 +245,8 @@ def mean_difference(a: Path, b: Path) -> float:
 
 def timed(run: Path, stage: str, work: Any) -> None:
     """Do it, and add its seconds to RUN/times.json, also when it is stopped."""
+    from latentdiff.checkpoints.files import write_json
+
     file, began = run / "times.json", time.monotonic()
     run.mkdir(parents=True, exist_ok=True)
     print(f"— {stage}", flush=True)
@@ -253,7 +255,7 @@ def timed(run: Path, stage: str, work: Any) -> None:
     finally:
         seconds = json.loads(file.read_text()) if file.exists() else {}
         seconds[stage] = round(seconds.get(stage, 0) + time.monotonic() - began, 1)
-        file.write_text(json.dumps(seconds, indent=1))
+        write_json(file, seconds)
 
 
 if __name__ == "__main__":

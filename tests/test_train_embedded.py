@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import parse_args
 
 pytest.importorskip("accelerate")
 
@@ -85,6 +86,20 @@ def test_stages_are_timed(recipe: ModuleType, made: Path) -> None:
     assert all(s >= 0 for s in seconds.values())
 
 
+def test_times_survive_a_kill_while_they_are_written(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text.encode()[:3])
+        raise KeyboardInterrupt
+
+    recipe.timed(tmp_path, "vae", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.timed(tmp_path, "clip", lambda: None)
+    recipe.timed(tmp_path, "clip", lambda: None)
+    assert list(json.loads((tmp_path / "times.json").read_text())) == ["vae", "clip"]
+
+
 def test_what_is_done_is_not_done_again(recipe: ModuleType, made: Path, drawings_folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in made.glob("*/step-*/*")}
     seconds = json.loads((made / "times.json").read_text())
@@ -125,12 +140,15 @@ def test_several_processes_are_this_script_again(recipe: ModuleType, tmp_path: P
     calls: list[tuple[list[str], dict[str, Any]]] = []
     monkeypatch.setattr(recipe.subprocess, "run", lambda command, **options: calls.append(([*map(str, command)], options)))
     recipe.main(tmp_path / "run", data=tmp_path / "data", processes=2, stage="clip")
-    (command, options), *rest = calls
-    assert not rest
-    assert command[:7] == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    assert command[7:] == [str(tmp_path / "run"), "--preset", "cpu", "--data", str(tmp_path / "data"), "--stage", "clip"]
-    assert options["check"]
-    assert options["env"]["OMP_NUM_THREADS"] == "1"
+    recipe.main(tmp_path / "run", data=tmp_path / "data", processes=2, stage="unet", start=tmp_path)
+    for (command, options), told in zip(calls, (["clip"], ["unet", "--start", str(tmp_path)]), strict=True):
+        assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+        understood = parse_args(command[3:])  # as the launcher does, which has an option --start-method of its own
+        assert (understood.standalone, understood.nproc_per_node, understood.training_script) == (True, "2", str(SCRIPT))
+        run = [str(tmp_path / "run"), "--preset", "cpu", "--data", str(tmp_path / "data"), "--stage", *told]
+        assert understood.training_script_args == run
+        assert options["check"]
+        assert options["env"]["OMP_NUM_THREADS"] == "1"
     with pytest.raises(SystemExit, match="--processes must be at least 1, got 0"):
         recipe.main(tmp_path, processes=0)
 

@@ -90,16 +90,22 @@ class ClipScorer:
         def images(batch: Sequence[Image.Image]) -> Tensor:
             return clip.visual_projection(clip.vision_model(pixel_values=pixels(batch, side).to(device)).pooler_output)
 
-        return cls(f"the model's own CLIP ({Path(folder).name})", *_in_batches(texts, images))
+        return cls(f"the model's own CLIP ({Path(folder).name})", _in_batches(texts), _in_batches(images))
 
     @classmethod
     def from_open_clip(cls, name: str, weights: str | Path, device: str | torch.device = "cpu") -> ClipScorer:
-        """A CLIP of `open_clip`: an architecture's name ("ViT-B-32") and a file with its weights."""
+        """A CLIP of `open_clip`: an architecture's name ("ViT-B-32") and a file with its weights.
+
+        Errors: FileNotFoundError; ValueError where open_clip does not know the name or cannot take the weights.
+        """
         import open_clip
 
         if not Path(weights).is_file():
             raise FileNotFoundError(f"{weights}: there is no such file with the weights of {name}")
-        model, _, prepare = open_clip.create_model_and_transforms(name, pretrained=str(weights), device=device)
+        try:
+            model, _, prepare = open_clip.create_model_and_transforms(name, pretrained=str(weights), device=device)
+        except Exception as error:  # of many types: an unknown name, a file of no weights or of another network's
+            raise ValueError(f"judge: open_clip makes no {name} of {weights} ({str(error)[:200]})") from error
         judge: Any = model.eval()
         tokenize, transform = open_clip.get_tokenizer(name), cast(Any, prepare)
 
@@ -109,7 +115,7 @@ class ClipScorer:
         def images(batch: Sequence[Image.Image]) -> Tensor:
             return judge.encode_image(torch.stack([transform(image) for image in batch]).to(device))
 
-        return cls(name, *_in_batches(texts, images))
+        return cls(name, _in_batches(texts), _in_batches(images))
 
     def score(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Float[Tensor, " n"]:
         """CLIP score of each picture and its own text (Hessel et al., arXiv 2104.08718, eq. 1, with w = 100)."""
@@ -144,16 +150,13 @@ def pixels(images: Sequence[Image.Image], side: int) -> Float[Tensor, "n 3 side 
     return to_tensor(i if i.size == square else i.convert("RGB").resize(square, Image.Resampling.BICUBIC) for i in images)
 
 
-def _in_batches(*functions: Callable[[Any], Tensor]) -> list[Callable[[Any], Tensor]]:
-    """Functions of a few items made functions of many, in float32 on the CPU."""
+def _in_batches(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """A function of a few items made one of many, in float32 on the CPU."""
 
-    def all_of(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        @torch.no_grad()
-        def run(items: Any) -> Tensor:
-            if not len(items):
-                raise ValueError("there is nothing to judge: no pictures, or no texts")
-            return torch.cat([function(items[i : i + BATCH]).float().cpu() for i in range(0, len(items), BATCH)])
+    @torch.no_grad()
+    def run(items: Any) -> Tensor:
+        if not len(items):
+            raise ValueError("there is nothing to judge: no pictures, or no texts")
+        return torch.cat([function(items[i : i + BATCH]).float().cpu() for i in range(0, len(items), BATCH)])
 
-        return run
-
-    return [all_of(function) for function in functions]
+    return run

@@ -7,6 +7,7 @@ model, not models of others; name an `open_clip` judge for that.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -95,11 +96,13 @@ class Evaluation:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
-        for name, low in (("prompts", 1), ("pictures", 2), ("sampler_pictures", 2), ("batch", 1)):
+        for name, low in (("prompts", 1), ("pictures", 2), ("sampler_pictures", 2), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
         if not self.data.exists():
             raise FileNotFoundError(f"data: {self.data} does not exist")
+        if self.out.exists() and not self.out.is_dir():
+            raise NotADirectoryError(f"out must be a folder, got {self.out}, which is a file")
         if self.judge is not None and not all(self.judge.partition("=")):
             raise ValueError(f"judge must be NAME=FILE, as in ViT-B-32=weights.safetensors, got {self.judge!r}")
         for name in self.compared:
@@ -178,7 +181,7 @@ def evaluate(config: Evaluation) -> Report:
     pipe = load(config.model, device=config.device, dtype=config.dtype)
     exam = open_exam(config, pipe.spec.size)
     judge = open_judge(config, pipe.device)
-    kept = Kept(config.out / "unfinished.json", question(config, pipe))
+    kept = Kept(config.out / "unfinished.json", question(config, pipe, exam))
     numbers, recipe = ({}, {}) if config.samplers_alone else measure(pipe, judge, exam, config, kept)
     rows = compare_samplers(pipe, judge, exam, config, kept)
     recipe = recipe or {"guidance": rows[0]["guidance"], "seed": config.seed}  # the rest stands in each row
@@ -199,11 +202,13 @@ def measure(
     return numbers, drawn["recipe"]
 
 
-def question(config: Evaluation, pipe: Pipeline) -> dict[str, Any]:
+def question(config: Evaluation, pipe: Pipeline, exam: Exam) -> dict[str, Any]:
     """What the numbers depend on; which samplers are compared is no part of it."""
     free = ("out", "samplers", "sampler_steps", "samplers_alone", "progress")
     asked = {key: value for key, value in asdict(config).items() if key not in free}
     asked |= {"weights": fingerprint(pipe.unet, pipe.vae, pipe.text), "sampling": asdict(pipe.spec.sampling)}
+    words, pictures = (exam.prompts, exam.names, exam.captions), (*exam.held_out, *exam.others)
+    asked["exam"] = hashlib.sha256(b"".join([repr(words).encode(), *(picture.tobytes() for picture in pictures)])).hexdigest()[:16]
     return asked | {"dtype": str(pipe.dtype), "version": __version__}
 
 
@@ -227,10 +232,12 @@ def settings(pipe: Pipeline, judge: ClipScorer, exam: Exam, recipe: Mapping[str,
 
 
 def open_exam(config: Evaluation, size: int) -> Exam:
-    """Questions from built drawings, or from captioned pictures."""
-    if (config.data / "index.json").is_file():
-        return drawings_exam(Drawings(config.data), config, size)
-    return pictures_exam(config, size)
+    """Questions from built drawings, or from captioned pictures. Errors: ValueError for too few to compare with."""
+    built = (config.data / "index.json").is_file()
+    exam = drawings_exam(Drawings(config.data), config, size) if built else pictures_exam(config, size)
+    if len(exam.held_out) < 2:
+        raise ValueError(f"data must hold at least 2 held-out pictures, got {len(exam.held_out)} in {config.data}")
+    return exam
 
 
 def drawings_exam(drawings: Drawings, config: Evaluation, size: int) -> Exam:
@@ -242,7 +249,7 @@ def drawings_exam(drawings: Drawings, config: Evaluation, size: int) -> Exam:
     held_out = drawings.held_out[: config.pictures]
     concepts = [drawings.records[i]["concept"] for i in held_out]
     by_others = [
-        next(i for i in drawings.hands[c] if style(drawings, i) != style(drawings, k))
+        next(i for i in drawings.hands[c] if drawings.records[i]["style"] != drawings.records[k]["style"])
         for c, k in zip(concepts, held_out, strict=True)
     ]
     everyday = list(dict.fromkeys(words(c) for c in drawings.everyday))
@@ -253,10 +260,6 @@ def drawings_exam(drawings: Drawings, config: Evaluation, size: int) -> Exam:
         held_out=[Image.fromarray(drawings.plain(i, size)) for i in held_out],
         others=[Image.fromarray(drawings.plain(i, size)) for i in by_others],
     )
-
-
-def style(drawings: Drawings, index: int) -> str:
-    return drawings.records[index]["style"]
 
 
 def pictures_exam(config: Evaluation, size: int) -> Exam:

@@ -14,9 +14,7 @@ def frechet_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     features and, with few pictures, on their number (it is biased upwards), so only values of one set-up compare.
     Errors: ValueError for fewer than two rows, other widths, or numbers that are not finite.
     """
-    a, b = _checked("a", a), _checked("b", b)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"a and b must be of one width, got {a.shape[1]} and {b.shape[1]}")
+    a, b = _checked(a, b)
     root_a, root_b = _root(a), _root(b)
     # With A = Ra' Ra and B = Rb' Rb, tr (A B)^½ is the sum of the singular values of Ra Rb': no matrix square root, whose small
     # eigenvalues would come out negative or imaginary, and nothing is lost where there are fewer pictures than features.
@@ -35,9 +33,7 @@ def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
 
     0 on average for equal distributions, whatever the number of pictures, so that single values may be negative.
     """
-    a, b = _checked("a", a), _checked("b", b)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"a and b must be of one width, got {a.shape[1]} and {b.shape[1]}")
+    a, b = _checked(a, b)
     return (_mean_off_diagonal(_kernel(a, a)) + _mean_off_diagonal(_kernel(b, b)) - 2 * _kernel(a, b).mean()).item()
 
 
@@ -49,12 +45,12 @@ def _mean_off_diagonal(k: Float[Tensor, "n n"]) -> Tensor:
     return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
 
 
-def _checked(name: str, x: Tensor) -> Float[Tensor, "n d"]:
-    if x.ndim != 2 or len(x) < 2:
-        raise ValueError(f"{name} must be features [n, d] of at least two pictures, got shape {list(x.shape)}")
-    x = x.detach().double().cpu()
-    if not x.isfinite().all():
-        raise ValueError(
-            f"{name} must be finite numbers, got NaN or infinity in {int((~x.isfinite()).any(1).sum())} of {len(x)} rows"
-        )
-    return x
+def _checked(a: Tensor, b: Tensor) -> list[Float[Tensor, "n d"]]:
+    for name, x in (("a", a), ("b", b)):
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"{name} must be features [n, d] of at least two pictures, got shape {list(x.shape)}")
+        if broken := int((~x.isfinite()).any(1).sum()):
+            raise ValueError(f"{name} must be finite numbers, got NaN or infinity in {broken} of {len(x)} rows")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a and b must be of one width, got {a.shape[1]} and {b.shape[1]}")
+    return [x.detach().double().cpu() for x in (a, b)]

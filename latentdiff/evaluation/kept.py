@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.files import CheckpointError, read_json, write_json
+from latentdiff.training.checkpoint import digest
 
 
 class Kept:
@@ -53,7 +52,5 @@ class Weighty(Protocol):
 
 def fingerprint(*parts: Weighty) -> str:
     """16 hexadecimal digits that tell the weights of some networks from others'."""
-    found = hashlib.sha256()
-    for p in (p for part in parts for p in (part.state_dict().values() if isinstance(part, nn.Module) else part.parameters())):
-        found.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+    weights = (p for part in parts for p in (part.state_dict().values() if isinstance(part, nn.Module) else part.parameters()))
+    return digest({f"{k:06}": p for k, p in enumerate(weights)})

@@ -4,7 +4,7 @@ from torch import nn
 
 
 def init_for_training(module: nn.Module) -> None:
-    """Draw all weights anew, in place, and set the last layer of every residual branch, and of the U-Net, to zero.
+    """Draw all weights anew, in place, and set the last layer of every res block, transformer and U-Net to zero.
 
     Each block then starts as the identity and the U-Net's output as zero (Ho et al. 2020 do so in their code;
     Goyal et al. 2017, arXiv 1706.02677, sec. 5.1, found that it steadies early training). It also fills a network that

@@ -70,18 +70,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], params: Mapping[str, nn.Parameter]) -> None:
-    """The inverse of `optimizer_tensors`, for fused optimisers: step counters lie on their parameter's device, too."""
+    """The inverse of `optimizer_tensors`, for fused optimisers: step counters lie on their parameter's device, too.
+
+    Moments get their parameter's strides. Fused kernels walk both as flat memory: under other strides (files know none, parameters
+    are channels-last) every number would meet a wrong neighbour.
+    """
     for flat, value in tensors.items():
         name, key = flat.rsplit("/", 1)
-        optimizer.state[params[name]][key] = (
-            value.to(params[name].device, copy=True) if value.ndim == 0 else laid_out_as(params[name], value)
-        )
-
-
-def laid_out_as(p: Tensor, value: Tensor) -> Tensor:
-    """A copy of `value` with p's strides. Fused kernels walk both as flat memory: under other strides (files know none,
-    parameters are channels-last) every number would meet a wrong neighbour."""
-    return torch.empty_like(p, requires_grad=False).copy_(value)
+        p = params[name]
+        like_p = torch.empty_like(p, requires_grad=False).copy_(value) if value.ndim else value.to(p.device, copy=True)
+        optimizer.state[p][key] = like_p
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

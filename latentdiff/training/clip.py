@@ -61,9 +61,9 @@ class CLIPTraining(LoopConfig):
         for name, whole, part in (("size", "patch", self.patch), ("width", "heads", self.heads)):
             if part < 1 or getattr(self, name) < part or getattr(self, name) % part:
                 raise ValueError(f"{name} must be a multiple of {whole} ({part}), got {getattr(self, name)!r}")
-        for name, low in (("text_layers", 1), ("image_layers", 1), ("vocab", 2 * 256 + 2), ("length", 3)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
+        self.at_least(1, "text_layers", "image_layers")
+        self.at_least(2 * 256 + 2, "vocab")
+        self.at_least(3, "length")
 
 
 class TwoTowers(nn.Module):

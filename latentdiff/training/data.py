@@ -67,7 +67,7 @@ class FileSource:
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder")
         files = {p.relative_to(root).as_posix(): (p, 0, p.stat().st_size) for p in sorted(root.rglob("*")) if p.is_file()}
-        return cls(_pairs(files), size, where=str(root), max_bad=max_bad)
+        return cls(_pairs(files, root), size, where=str(root), max_bad=max_bad)
 
     @classmethod
     def tar(cls, path: str | Path, size: int, *, max_bad: float = 0.05) -> "FileSource":
@@ -77,7 +77,7 @@ class FileSource:
                 files = {m.name: (path, m.offset_data, m.size) for m in tar if m.isfile()}
         except tarfile.TarError as error:
             raise ValueError(f"{path} is no uncompressed tar: {error}") from error
-        return cls(_pairs(files), size, where=str(path), max_bad=max_bad)
+        return cls(_pairs(files, path), size, where=str(path), max_bad=max_bad)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -97,7 +97,7 @@ class FileSource:
             try:
                 captions = read_captions(caption_name, _read(caption))
                 image = square_picture(_read(picture), self.size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
                 bad[i] = f"{name}: {error}"
                 self.check(bad)  # here, and not after reading all of them
                 continue
@@ -137,21 +137,26 @@ def _read(place: Place) -> bytes:
         return file.read(size)
 
 
-def _pairs(files: Mapping[str, Place]) -> list[tuple[str, Place, str, Place]]:
-    """Every picture that has a caption; `.txt` is preferred to `.json`."""
-    pairs = []
-    for name, place in files.items():
-        stem, suffix = os.path.splitext(name)
-        caption = next((stem + s for s in (".txt", ".json") if stem + s in files), None)
-        if suffix.lower() in SUFFIXES and caption:
-            pairs.append((name, place, caption, files[caption]))
-    return pairs
+def _pairs(files: Mapping[str, Place], where: object) -> list[tuple[str, Place, str, Place]]:
+    """Every picture that has a caption, and a warning if others have none; `.txt` is preferred to `.json`.
+
+    macOS's `._cat.jpg` is not a picture but about one.
+    """
+    parts = {name: os.path.splitext(name) for name in files if not os.path.basename(name).startswith("._")}
+    texts = {(stem, suffix.lower()): name for name, (stem, suffix) in parts.items()}
+    pictures = {name: stem for name, (stem, suffix) in parts.items() if suffix.lower() in SUFFIXES}
+    captions = {name: texts.get((stem, ".txt")) or texts.get((stem, ".json")) for name, stem in pictures.items()}
+    alone = [name for name, caption in captions.items() if caption is None]
+    if 0 < len(alone) < len(pictures):
+        which = f"{len(alone)} of {len(pictures)} pictures, which have no .txt or .json caption of their name, such as {alone[0]}"
+        warnings.warn(f"{where}: leaving out {which}", stacklevel=4)
+    return [(name, files[name], caption, files[caption]) for name, caption in captions.items() if caption]
 
 
 def read_captions(name: str, content: bytes) -> list[str]:
     """The captions in a `.txt` (one, the whole text) or `.json` file, none of them empty."""
-    found: Any = content.decode("utf-8")
-    if name.endswith(".json"):
+    found: Any = content.decode("utf-8-sig")  # Windows likes to begin with a byte order mark, which is no word
+    if name.lower().endswith(".json"):
         fields = json.loads(found)
         found = (fields.get("caption") or fields.get("text")) if isinstance(fields, dict) else fields
     captions = [" ".join(c.split()) for c in (found if isinstance(found, list) else [found]) if isinstance(c, str) and c.strip()]
@@ -203,20 +208,17 @@ class _Positions(Dataset[Any]):
     def __getitems__(self, positions: range) -> tuple[Pictures, dict[int, str]] | ValueError:
         """A batch and what was passed over for it; or an error, which a worker could only raise with a traceback in its text."""
         indices = order(self.seed, len(self.source), positions.start, len(positions)).tolist()
-        images, captions, bad = [], [], {}
+        source, images, captions, bad = self.source, [], [], {}
         try:
             for position, index in zip(positions, indices, strict=True):
                 fresh = int(np.random.SeedSequence((self.seed, position)).generate_state(1)[0])
-                image, caption, passed = self._find(index, fresh)
-                images.append(image)
-                captions.append(caption)
-                bad |= passed
+                found = source.find(index, fresh) if isinstance(source, FileSource) else (*source.get(index, fresh), {})
+                images.append(found[0])
+                captions.append(found[1])
+                bad |= found[2]
         except ValueError as error:
             return error
         return (torch.stack(images), captions), bad
-
-    def _find(self, index: int, seed: int) -> tuple[Tensor, str, dict[int, str]]:
-        return self.source.find(index, seed) if isinstance(self.source, FileSource) else (*self.source.get(index, seed), {})
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -147,35 +147,26 @@ class _Part(NamedTuple):
 
 
 class DrawingSource:
-    """Composes drawings into captioned pictures. Picture `index` shows the index-th drawing of the split or an everyday idea."""
+    """Composes drawings into captioned pictures. Picture `index` shows the index-th training drawing or an everyday idea."""
 
-    def __init__(self, drawings: Drawings, config: ComposeConfig, size: int, split: str = "train") -> None:
-        if split not in ("train", "held_out"):
-            raise ValueError(f"split is {split!r}, must be 'train' or 'held_out'")
+    def __init__(self, drawings: Drawings, config: ComposeConfig, size: int) -> None:
         self.drawings, self.config, self.size = drawings, config, size
-        self.indices = drawings.train if split == "train" else drawings.held_out
-        self.plain = split == "held_out"
-        if not self.indices:
-            raise ValueError(f"split {split!r} has no drawings")
+        if not drawings.train:
+            raise ValueError("drawings must hold at least one to train on, got none")
         if unknown := [name for name in config.favourites if not drawings.hands.get(name)]:
             raise ValueError(f"favourites must be concepts of the drawings, got {', '.join(map(repr, unknown))}")
         if config.hand and config.hand not in drawings.styles:
             raise ValueError(f"hand must be one of {', '.join(drawings.styles)}, got {config.hand!r}")
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.drawings.train)
 
     def get(self, index: int, seed: int) -> tuple[UInt8[Tensor, "3 size size"], str]:
-        drawing = self.indices[index]
-        if self.plain:
-            record = self.drawings.records[drawing]
-            image, caption = self.drawings.plain(drawing, self.size), _phrases(self.drawings, record)[0][0]
-        else:
-            image, caption, _ = self.compose(np.random.default_rng((seed, index)), drawing)
+        image, caption, _ = self.compose(np.random.default_rng((seed, index)), self.drawings.train[index])
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), caption
 
     def fingerprint(self) -> str:
-        """Of all that is said of the drawings. Which of them are shown, and how, is `config` and `split`."""
+        """Of all that is said of the drawings. Which of them are shown, and how, is `config`."""
         return self.drawings.digest
 
     def compose(self, rng: Rng, drawing: int | None = None) -> Picture:

@@ -3,7 +3,8 @@
 Resume equals an uninterrupted run, bit for bit on a CPU, without saving any random state: the data of step n and its noise are pure
 functions of (seed, n), so that a resumed run draws what the uninterrupted one would have drawn.
 
-Several processes are started by `accelerate launch` or `torchrun`: `torchrun --nproc-per-node 2 -m latentdiff.cli train vae …`.
+Several processes are started by `accelerate launch` or `torchrun`: `torchrun --nproc-per-node 2 -m -- latentdiff.cli train vae …`
+(without the `--`, torchrun takes our `--start` for one of its own options).
 """
 
 # No postponed annotations here: the command line reads LoopConfig's types in the modules of its subclasses.
@@ -81,13 +82,8 @@ class LoopConfig:
     """Also write TensorBoard events (needs the `tensorboard` extra)."""
 
     def __post_init__(self) -> None:
-        for low, names in (
-            (1, ("steps", "batch", "save_every", "sample_every", "keep")),
-            (0, ("warmup", "workers", "weight_decay")),
-        ):
-            for name in names:
-                if not getattr(self, name) >= low:
-                    raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
+        self.at_least(1, "steps", "batch", "save_every", "sample_every", "keep")
+        self.at_least(0, "warmup", "workers", "weight_decay")
         for name in ("lr", "clip_grad"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
@@ -103,6 +99,11 @@ class LoopConfig:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed!r}")
         if self.precision not in ("auto", "no", "bf16"):
             raise ValueError(f"precision must be auto, no or bf16, got {self.precision!r}")
+
+    def at_least(self, low: int, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
 
 
 def native_bf16() -> bool:

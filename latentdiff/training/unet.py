@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Float16, Int
@@ -96,12 +96,17 @@ class UNetTraining(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.at_least(1, "pictures", "layers", "head_width", "groups")
         if len(self.attention) != len(self.widths):
             raise ValueError(f"attention must have one entry a width ({len(self.widths)}), got {self.attention!r}")
-        if self.head_width < 1 or any(w < self.head_width or w % self.head_width for w in self.widths):
-            raise ValueError(f"widths must be multiples of head_width ({self.head_width}), got {self.widths!r}")
-        if self.pictures < 1 or not self.prompts:
-            raise ValueError(f"pictures and prompts must be at least one, got {self.pictures!r} and {self.prompts!r}")
+        for name in ("head_width", "groups"):
+            if not self.widths or any(w < 1 or w % getattr(self, name) for w in self.widths):
+                raise ValueError(f"widths must be multiples of {name} ({getattr(self, name)}), got {self.widths!r}")
+        for name, allowed in (("prediction", get_args(Prediction)), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not self.prompts:
+            raise ValueError(f"prompts must be at least one text, got {self.prompts!r}")
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must lie in [0, 1], got {self.drop!r}")
         if self.levels is not None and not (all(map(math.isfinite, self.levels)) and self.levels[1] > 0):
@@ -149,6 +154,8 @@ def train_unet(config: UNetTraining) -> UNet:
     """
     words, tower = load_tower(config.clip)
     vae = load_autoencoder(config.vae)
+    if config.size < 1 or config.size % vae.factor:
+        raise ValueError(f"size must be a multiple of {vae.factor} (pixels a latent of {config.vae}), got {config.size}")
     spec = model_spec(config, vae, tower)
     unet = begin(config, spec)
     source = open_source(config.data, size=config.size, compose=config.compose)

@@ -52,13 +52,14 @@ class VAETraining(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.at_least(1, "layers", "latent_channels", "groups")
+        self.at_least(0, "kl", "edges")
+        if not self.widths or any(w < 1 or w % self.groups for w in self.widths):
+            raise ValueError(f"widths must be multiples of groups ({self.groups}), got {self.widths!r}")
         factor = 2 ** (len(self.widths) - 1)
         for name, side in (("size", self.size), ("crop", self.crop)):
             if side is not None and (side < factor or side % factor):
                 raise ValueError(f"{name} must be a multiple of {factor} (one halving less than there are widths), got {side!r}")
-        for name in ("kl", "edges"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
 
 
 class AutoEncoder(nn.Module):

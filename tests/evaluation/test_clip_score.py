@@ -187,3 +187,7 @@ def test_any_clip_of_open_clip_can_judge(tmp_path: Path) -> None:
     assert judge.name == "tiny-judge"
     with pytest.raises(FileNotFoundError, match=r"nothing.safetensors: there is no such file with the weights of tiny-judge"):
         ClipScorer.from_open_clip("tiny-judge", tmp_path / "nothing.safetensors")
+    (tmp_path / "text.pt").write_text("no weights")
+    for name, weights in (("tiny-jugde", "judge.safetensors"), ("tiny-judge", "text.pt")):
+        with pytest.raises(ValueError, match=f"judge: open_clip makes no {name} of .*{weights}"):
+            ClipScorer.from_open_clip(name, tmp_path / weights)

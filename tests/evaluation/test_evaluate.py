@@ -241,16 +241,19 @@ def test_parts_of_another_question_count_for_nothing(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_another_vae_or_other_habits_are_another_question(config: Evaluation, tiny_pipe: Any) -> None:
+def test_another_vae_other_habits_or_other_pictures_are_another_question(config: Evaluation, tiny_pipe: Any) -> None:
     whole = replace(config, samplers=("heun",), samplers_alone=True, out=Path("x"))
-    asked = module.question(config, tiny_pipe)
-    assert module.question(whole, tiny_pipe) == asked
+    exam = Exam(prompts=["a"], names=["a", "b"], captions=["b"], held_out=plain("a red thing"))
+    asked = module.question(config, tiny_pipe, exam)
+    assert module.question(whole, tiny_pipe, exam) == asked
+    for change in ({"prompts": ["b"]}, {"names": ["a", "b", "c"]}, {"captions": ["a"]}, {"held_out": plain("a grey thing")}):
+        assert module.question(config, tiny_pipe, replace(exam, **change)) != asked
     sampling = replace(tiny_pipe.spec.sampling, guidance=2.0)
-    assert module.question(config, replace(tiny_pipe, spec=replace(tiny_pipe.spec, sampling=sampling))) != asked
+    assert module.question(config, replace(tiny_pipe, spec=replace(tiny_pipe.spec, sampling=sampling)), exam) != asked
     vae = copy.deepcopy(tiny_pipe.vae)
     with torch.no_grad():
         next(vae.parameters()).add_(1)
-    assert module.question(config, replace(tiny_pipe, vae=vae)) != asked
+    assert module.question(config, replace(tiny_pipe, vae=vae), exam) != asked
 
 
 def test_a_fingerprint_tells_weights_apart() -> None:
@@ -319,6 +322,16 @@ def test_samplers_alone(config: Evaluation, monkeypatch: pytest.MonkeyPatch) -> 
     assert "| heun | trailing | 1, 3 |" in text
 
 
+def test_what_nothing_can_be_compared_with_is_refused_before_anything_is_drawn(config: Evaluation, captioned: Path) -> None:
+    """A folder with one picture, and drawings one of which was held out."""
+    for picture in sorted(captioned.glob("*.png"))[1:]:
+        picture.unlink()
+    for data in (captioned, config.data):
+        with pytest.raises(ValueError, match=f"data must hold at least 2 held-out pictures, got 1 in {data}"):
+            evaluate(replace(config, data=data))
+    assert not config.out.exists()
+
+
 def test_a_model_without_a_clip_needs_a_judge(config: Evaluation, tiny_folder: Path, captioned: Path) -> None:
     with pytest.raises(ValueError, match=r"judge must be named: .* has no CLIP of its own"):
         evaluate(replace(config, model=str(tiny_folder), data=captioned))
@@ -332,6 +345,8 @@ def test_a_model_without_a_clip_needs_a_judge(config: Evaluation, tiny_folder: P
         ({"sampler_pictures": 1}, ValueError, "sampler_pictures must be at least 2, got 1"),
         ({"data": Path("nowhere")}, FileNotFoundError, "data: nowhere does not exist"),
         ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"out": Path(__file__)}, NotADirectoryError, "out must be a folder, got .*test_evaluate.py"),
         ({"judge": "ViT-B-32"}, ValueError, "judge must be NAME=FILE, .* got 'ViT-B-32'"),
         ({"samplers": ("ddim", "ddmi")}, ValueError, "sampler must be one of .* got 'ddmi'"),
         ({"samplers_alone": True}, ValueError, "samplers must be named, or all"),

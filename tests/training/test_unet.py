@@ -379,6 +379,13 @@ def test_what_cannot_go_on_is_refused_before_anything_is_encoded(config: UNetTra
     assert not (config.out / "latents").exists()
 
 
+@pytest.mark.parametrize("size", [17, 1, 0, -2])
+def test_pictures_that_are_no_whole_number_of_latents_are_refused(config: UNetTraining, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"size must be a multiple of 2 \(pixels a latent of .*\), got {size}"):
+        train_unet(changed(config, size=size))
+    assert not (config.out / "latents").exists()
+
+
 def test_latents_may_have_any_number_of_channels(runs: Any, config: UNetTraining) -> None:
     out = config.out / "vae"
     train_vae(VAETraining(out=out, data=config.data, steps=1, batch=4, **{**runs.VAE_SIZES, "latent_channels": 6}))
@@ -402,9 +409,15 @@ def test_a_run_is_not_resumed_on_another_text_tower(config: UNetTraining, clip_f
     [
         ({"attention": (True,)}, r"attention must have one entry a width \(2\), got \(True,\)"),
         ({"widths": (8, 12)}, r"widths must be multiples of head_width \(8\), got \(8, 12\)"),
-        ({"head_width": 0}, r"widths must be multiples of head_width \(0\)"),
-        ({"pictures": 0}, "pictures and prompts must be at least one, got 0"),
-        ({"prompts": ()}, r"pictures and prompts must be at least one, got 13 and \(\)"),
+        ({"widths": (8, 16), "groups": 3}, r"widths must be multiples of groups \(3\), got \(8, 16\)"),
+        ({"widths": (), "attention": ()}, r"widths must be multiples of head_width \(8\), got \(\)"),
+        ({"head_width": 0}, "head_width must be at least 1, got 0"),
+        ({"groups": 0}, "groups must be at least 1, got 0"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"pictures": 0}, "pictures must be at least 1, got 0"),
+        ({"prompts": ()}, r"prompts must be at least one text, got \(\)"),
+        ({"prediction": "epsilon"}, "prediction must be one of eps, v, x0, got 'epsilon'"),
+        ({"schedule": "sqrt"}, "schedule must be one of cosine, linear, scaled_linear, got 'sqrt'"),
         ({"drop": 1.5}, r"drop must lie in \[0, 1\], got 1.5"),
         ({"levels": (0.0, 0.0)}, r"levels must be a number and a positive one, or None, got \(0.0, 0.0\)"),
         ({"min_snr": 0.0}, "min_snr must be a positive number or None, got 0.0"),

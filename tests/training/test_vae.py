@@ -111,6 +111,7 @@ def test_the_saved_folder_loads_and_has_latents_of_unit_variance(runs: Any, pict
     assert vae.config.sample_size == runs.SIZE
 
 
+@pytest.mark.filterwarnings("ignore:.*leaving out:UserWarning")
 def test_a_finished_vae_stays_as_it_is(runs: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scale too, which belongs to every U-Net that was made of it, and which other machines would find a little different."""
     c = config(tmp_path / "run", pictures, runs.VAE_SIZES, steps=1)
@@ -167,6 +168,12 @@ def test_diffusers_opens_what_was_trained(vae_folder: Path) -> None:
         ({"size": 0}, "size must be a multiple of 2 .*, got 0"),
         ({"crop": 7}, "crop must be a multiple of 2 .*, got 7"),
         ({"widths": (8, 8, 8, 8, 8, 8), "size": 48}, "size must be a multiple of 32 .*, got 48"),
+        ({"widths": ()}, r"widths must be multiples of groups \(4\), got \(\)"),
+        ({"widths": (8, 10)}, r"widths must be multiples of groups \(4\), got \(8, 10\)"),
+        ({"widths": (0, 8)}, r"widths must be multiples of groups \(4\), got \(0, 8\)"),
+        ({"groups": 0}, "groups must be at least 1, got 0"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"latent_channels": 0}, "latent_channels must be at least 1, got 0"),
         ({"kl": -1.0}, "kl must be at least 0, got -1.0"),
         ({"edges": float("nan")}, "edges must be at least 0, got nan"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
