@@ -20,6 +20,7 @@ from latentdiff.checkpoints.families import SD15, SamplingSpec, ScheduleSpec, no
 from latentdiff.checkpoints.save import save_folder
 from latentdiff.conditioning import TextEncoder
 from latentdiff.diffusion.samplers import SAMPLERS, Step, ddim
+from latentdiff.models.unet import rows_of
 from latentdiff.pipeline import Pipeline
 
 LONG = " ".join(f"a {colour} cat and a dog," for colour in ("red", "blue", "quick", "brown", "flat"))
@@ -185,7 +186,7 @@ def test_network_batches_change_rounding_alone(tiny_pipe):
 def test_guidance_one_is_the_prompt_alone_at_half_the_cost(tiny_parts):
     parts = tiny_parts()
     calls: list[int] = []
-    parts.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    parts.unet.register_forward_pre_hook(lambda module, args: calls.append(rows_of(args[2])))
     pipe = of_parts(parts)
     alone = pipe("a cat", negative="a dog", guidance=1, seed=1, **FEW)[0]
     assert calls == [1] * 3

@@ -15,7 +15,7 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.rules import autoguidance, cfg, interval, pag
 from latentdiff.images import parse_parameters
 from latentdiff.models.caching import Cached
-from latentdiff.models.unet import UNet
+from latentdiff.models.unet import UNet, rows_of
 from latentdiff.pipeline import Pipeline
 from latentdiff.prompts import SYNTAXES
 
@@ -193,11 +193,11 @@ def test_each_picture_of_a_batch_has_its_own_prompt_program(tiny_pipe):
 
 
 class Calls:
-    """The batch sizes that a pipeline's U-Net is called with."""
+    """How many prompts a pipeline's U-Net is called with."""
 
     def __init__(self, pipe):
         self.sizes: list[int] = []
-        self.hook = pipe.unet.register_forward_pre_hook(lambda module, args: self.sizes.append(len(args[0])))
+        self.hook = pipe.unet.register_forward_pre_hook(lambda module, args: self.sizes.append(rows_of(args[2])))
 
     def __enter__(self):
         return self.sizes
