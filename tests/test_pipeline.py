@@ -424,6 +424,10 @@ BAD = [
     ({"spacing": [1.0]}, r"spacing must have steps \+ 1 = 2 noise levels, got"),
     ({"guidance": 10**400}, r"guidance must be a finite number, got 1000"),
     ({"guidance": "pag(2, 3)"}, r"layers must be names such as 'mid_block', got 3"),
+    (
+        {"guidance": "cfg(3) + pag(2, 'mid_block', 'upblocks')"},
+        r"guidance must name layers with self-attention, in down_blocks\.0, .*'upblocks'",
+    ),
     ({"exact": False}, r"exact needs image, the picture to start from, got none"),
     ({"exact": "no"}, r"exact must be True or False, got 'no'"),
     ({"prompt": None, "image": [Image.new("RGB", (8, 8))] * 2}, r"prompt must be a text or a list of texts, got None"),
