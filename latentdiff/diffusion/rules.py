@@ -275,11 +275,6 @@ def _check(name: str, value: float, *, least: float = -math.inf, most: float = m
     except OverflowError:  # an integer of hundreds of digits
         number = math.nan
     if math.isnan(number) or (finite and math.isinf(number)) or not least <= number <= most:
-        allowed = (
-            "a finite number"
-            if least == -math.inf
-            else f"at least {least:g}"
-            if most == math.inf
-            else f"from {least:g} to {most:g}"
-        )
+        allowed = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        allowed = "a finite number" if least == -math.inf else allowed
         raise ValueError(f"{name} must be {allowed}, got {value!r:.100}")

@@ -39,28 +39,12 @@ from latentdiff.diffusion.singlestep import (
 __all__ = ["FACTS", "SAME", "SAMPLERS", "Facts", "Randn", "Sampler", "Step", "bind", "resolve", "rows"]
 
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "plms": plms,
-    "pndm": pndm,
-    "ipndm": ipndm,
-    "euler": euler,
-    "euler_ancestral": euler_ancestral,
-    "heun": heun,
-    "lms": lms,
-    "dpm2": dpm2,
-    "dpm2_ancestral": dpm2_ancestral,
-    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_sde": dpmpp_sde,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "dpmpp_3m_sde": dpmpp_3m_sde,
-    "unipc": unipc,
-    "deis": deis,
-    "lcm": lcm,
-    "tcd": tcd,
-}
+    sampler.__name__: sampler
+    for sampler in (
+        ddpm, ddim, plms, pndm, ipndm, euler, euler_ancestral, heun, lms, dpm2, dpm2_ancestral, dpmpp_2s_ancestral, dpmpp_2m,
+        dpmpp_3m, dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, unipc, deis, lcm, tcd,
+    )
+}  # fmt: skip
 
 DISTILLED = {"lcm": "lcm", "tcd": "lcm"}  # the spacing of samplers that are good for distilled models alone
 SAME = {"euler": "ddim", "euler_ancestral": "ddpm"}  # one rule under two names: on one grid what is measured of one holds for both
