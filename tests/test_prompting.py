@@ -263,6 +263,13 @@ def test_autoguidance_by_a_pipeline_that_keeps_features(tiny_pipe):
     assert near(first, tiny_pipe("a cat", guidance=1, **FEW | {"steps": 3})[0])
 
 
+def test_features_are_kept_where_another_picture_of_the_batch_takes_turns(tiny_pipe):
+    pipe = replace(tiny_pipe, network=Cached(tiny_pipe.unet, 4))
+    alone = pipe("a cat", guidance="pag(2)", **FEW)[0]
+    assert not same(alone, tiny_pipe("a cat", guidance="pag(2)", **FEW)[0])
+    assert near(pipe(["a cat", "[a|b] dog"], guidance="pag(2)", batch=2, **FEW)[0], alone)
+
+
 def test_rules_work_on_models_that_take_a_picture(tiny_parts):
     spec = tiny_parts().spec
     pipe = of_parts(tiny_parts(unet=replace(spec.unet, in_channels=9)))

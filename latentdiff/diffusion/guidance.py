@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -71,8 +71,8 @@ def _evaluator(denoiser: Denoiser, slots: list[tuple[View, Any]]) -> Callable[[L
     for model in models:
         own = [k for k, (view, _) in enumerate(slots) if (view.model or denoiser) is model]
         conds = [slots[k][1] for k in own]
-        blind = [slots[k][0].blind for k in own]
-        with_seams = replace(model, attend=_blinded(model.attend or _sdpa, blind)) if any(blind) else model
+        blind = tuple(slots[k][0].blind for k in own)
+        with_seams = replace(model, attend=_Blinded(model.attend or _sdpa, blind)) if any(blind) else model
         cond = model.prepare(*conds) if model.prepare else reduce(lambda all, c: all.join(c), conds)
         calls.append((with_seams, cond, own))
 
@@ -86,17 +86,22 @@ def _evaluator(denoiser: Denoiser, slots: list[tuple[View, Any]]) -> Callable[[L
     return evaluate
 
 
-def _blinded(attend: Callable[..., Tensor], blind: list[tuple[str, ...]]) -> Callable[..., Tensor]:
-    """Attention in which those shares of the batch that are blind here get their own values back (Ahn et al., arXiv 2403.17377)."""
+@dataclass(frozen=True)
+class _Blinded:
+    """Attention in which those shares of the batch that are blind here get their own values back (Ahn et al., arXiv 2403.17377).
 
-    def blinded(q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:
-        here = [not site.cross and site.name.startswith(layers) for layers in blind]
+    blind: the layers in which each share is. Two that do the same are equal, which tells `models.caching` that they are.
+    """
+
+    attend: Callable[..., Tensor]
+    blind: tuple[tuple[str, ...], ...]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:
+        here = [not site.cross and site.name.startswith(layers) for layers in self.blind]
         if not any(here):
-            return attend(q, k, v, site)
-        shares = zip(here, *(t.chunk(len(blind)) for t in (q, k, v)), strict=True)
-        return torch.cat([v_ if is_blind else attend(q_, k_, v_, site) for is_blind, q_, k_, v_ in shares])
-
-    return blinded
+            return self.attend(q, k, v, site)
+        shares = zip(here, *(t.chunk(len(here)) for t in (q, k, v)), strict=True)
+        return torch.cat([v_ if is_blind else self.attend(q_, k_, v_, site) for is_blind, q_, k_, v_ in shares])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:

@@ -37,7 +37,7 @@ class Cached:
     ) -> Tensor:
         if torch.is_grad_enabled():
             return self.unet(x, t, context, vector, **seams)
-        fits = self.deep is not None and len(self.deep) == rows_of(context) and self.attend is seams.get("attend")
+        fits = self.deep is not None and len(self.deep) == rows_of(context) and self.attend == seams.get("attend")
         self.age = self.age + 1 if fits and self.age + 1 < self.every else 0
         if self.age:
             return self._shallow(x, t, context, vector, **seams)
