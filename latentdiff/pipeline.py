@@ -98,7 +98,8 @@ class Pipeline:
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
-        return noise_schedule(self.spec.schedule)
+        with torch.device("cpu"):  # whatever the caller's default is
+            return noise_schedule(self.spec.schedule)
 
     @property
     def device(self) -> torch.device:
@@ -390,7 +391,8 @@ class Pipeline:
     def noise(self, asked: Request, randn: Randn) -> Float[Tensor, "b c h w"]:
         """Pure noise at the first level of the grid, with the variance that the network was trained on."""
         width, height = (side // self.vae.factor for side in asked.size)
-        x = torch.empty(len(asked), self.spec.vae.latent_channels, height, width, device=self.device)
+        shape = len(asked), self.spec.vae.latent_channels, height, width
+        x = torch.empty(shape, dtype=torch.float32, device=self.device)
         return randn(x) * (1 + asked.sigmas[0] ** 2).sqrt()
 
     def stages(self, asked: Request) -> list[list[Stage]]:
@@ -530,7 +532,11 @@ def finished(run: Run, progress: bool) -> Images:
 
 def told_scale(network: Network, scale: float, dim: int) -> Network:
     """A distilled U-Net with the guidance scale as its input: sinusoids of 1000 · (scale - 1) (Luo et al., arXiv 2310.04378)."""
-    angles = 1000 * (scale - 1) * torch.exp(-math.log(10000) / (dim // 2 - 1) * torch.arange(dim // 2))
+    angles = (
+        1000
+        * (scale - 1)
+        * torch.exp(-math.log(10000) / (dim // 2 - 1) * torch.arange(dim // 2, dtype=torch.float32, device="cpu"))
+    )
     embedding = torch.cat([angles.sin(), angles.cos()])[None]  # [1, dim]
 
     def told(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /, **seams: Any) -> Tensor:

@@ -299,6 +299,22 @@ def test_the_stream_shows_every_step_and_the_call_is_its_end(tiny_pipe):
     assert steps[0].preview()[0].size == (32, 32)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_torchs_defaults_change_nothing(tiny_pipe, dtype):
+    """As people set them for a large model beside ours. The default device is then a GPU; here one that only knows sizes."""
+    asked = {"prompt": ["a (cat:1.2)", "a cat AND a dog :0.3"], "sampler": "pndm", "seed": 1, "steps": 5, "progress": False}
+    expected = tiny_pipe(**asked)
+    pipe = replace(tiny_pipe)  # with no schedule yet
+    try:
+        torch.set_default_dtype(getattr(torch, dtype))
+        torch.set_default_device("meta")
+        made = pipe(**asked)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(map(same, made, expected))
+
+
 def test_the_finished_picture_alone_has_a_recipe(tiny_pipe):
     photo = tiny_pipe("a dog", seed=5, **FEW)[0]
     for options in ({}, {"image": photo, "strength": 0.5}):

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from latentdiff.diffusion.denoiser import consistency
 from latentdiff.diffusion.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, ipndm, lms, plms, pndm, unipc
 from latentdiff.diffusion.schedules import NoiseSchedule, spacing_named
@@ -129,10 +127,10 @@ def bind(name: str, schedule: NoiseSchedule) -> Callable[..., Iterator[Step]]:
     """The sampler of that name in the table. Three papers speak of times, which a grid does not know: those get the schedule's."""
 
     def sigma(t: float) -> float:
-        return schedule.sigma(torch.tensor(t)).item()
+        return schedule.sigma(t).item()
 
     def t(sigma: float) -> float:
-        return schedule.t(torch.tensor(sigma)).item()
+        return schedule.t(sigma).item()
 
     if name == "lcm":
         return lambda denoise, x, sigmas, *, randn: lcm(consistency(denoise, schedule), x, sigmas, randn=randn)
