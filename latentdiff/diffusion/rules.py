@@ -206,7 +206,7 @@ def freeu(b1: float = 1.5, b2: float = 1.6, s1: float = 0.9, s2: float = 0.2) ->
 def _scale_low_frequencies(x: Tensor, s: float) -> Tensor:
     """The four frequencies -1 and 0 in each direction times s."""
     spectrum = torch.fft.fft2(x.float())
-    mask = torch.ones(x.shape[-2:], device=x.device)
+    mask = torch.ones(x.shape[-2:], dtype=torch.float32, device=x.device)
     mask[[0, 0, -1, -1], [0, -1, 0, -1]] = s
     return torch.fft.ifft2(spectrum * mask).real.to(x.dtype)
 
