@@ -532,11 +532,8 @@ def finished(run: Run, progress: bool) -> Images:
 
 def told_scale(network: Network, scale: float, dim: int) -> Network:
     """A distilled U-Net with the guidance scale as its input: sinusoids of 1000 · (scale - 1) (Luo et al., arXiv 2310.04378)."""
-    angles = (
-        1000
-        * (scale - 1)
-        * torch.exp(-math.log(10000) / (dim // 2 - 1) * torch.arange(dim // 2, dtype=torch.float32, device="cpu"))
-    )
+    places = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+    angles = 1000 * (scale - 1) * torch.exp(-math.log(10000) / (dim // 2 - 1) * places)
     embedding = torch.cat([angles.sin(), angles.cos()])[None]  # [1, dim]
 
     def told(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /, **seams: Any) -> Tensor:
