@@ -137,7 +137,10 @@ def together(stages: Sequence[Stage], join: Callable[..., Cond]) -> Cond | list[
     slots = [[(stage.parts[k] if k < len(stage.parts) else (stage.parts[0][0], 0.0)) for stage in stages] for k in range(n)]
     if n == 1 and all(weight == 1 for _, weight in slots[0]):
         return join(*(cond for cond, _ in slots[0]))
-    return [(join(*(cond for cond, _ in slot)), torch.tensor([weight for _, weight in slot])) for slot in slots]
+    return [
+        (join(*(cond for cond, _ in slot)), torch.tensor([weight for _, weight in slot], dtype=torch.float32, device="cpu"))
+        for slot in slots
+    ]
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,8 @@ class TextEncoder:
             hidden, pools = tower(torch.tensor([c.ids for c in own], device=device))  # [chunks, length, d]
             if weigh and any(weight != 1 for c in own for weight in c.weights):
                 empty, _ = tower(torch.tensor([chunk([], tower.spec).ids], device=device))
-                hidden = weigh(hidden, torch.tensor([c.weights for c in own], device=device), empty)
+                weights = torch.tensor([c.weights for c in own], dtype=torch.float32, device=device)
+                hidden = weigh(hidden, weights, empty)
             contexts.append(hidden.flatten(0, 1)[None])  #                              [1, chunks · length, d]
             pooled = pooled if pools is None else pools[:1]
         return Cond(torch.cat(contexts, dim=-1), self._vector(pooled, size, score))

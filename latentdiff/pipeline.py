@@ -22,6 +22,7 @@ from latentdiff.diffusion.rules import Rule
 from latentdiff.diffusion.samplers import Randn, Step
 from latentdiff.diffusion.schedules import NoiseSchedule
 from latentdiff.images import Images, Picture
+from latentdiff.models.attention import Attention
 from latentdiff.models.caching import Cached
 from latentdiff.models.graphs import GraphedDecoder
 from latentdiff.models.recorded import RecordedDecoder
@@ -29,7 +30,7 @@ from latentdiff.models.unet import UNet, rows_of
 from latentdiff.models.vae import VAE
 from latentdiff.models.vae_tiny import TinyVAE
 from latentdiff.origin import Given, Sides, begun, canvases, prompts
-from latentdiff.request import Request
+from latentdiff.request import Request, shown
 from latentdiff.sound import NonFiniteError, finite, in_float32, sound
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class Pipeline:
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
-        return noise_schedule(self.spec.schedule)
+        with torch.device("cpu"):  # whatever the caller's default is
+            return noise_schedule(self.spec.schedule)
 
     @property
     def device(self) -> torch.device:
@@ -239,6 +241,7 @@ class Pipeline:
             batch=batch,
             pictured=bool(found),
         )
+        self._check_layers(asked.rule)
         asked = begun(self, asked, given, found)
         return Run(self.run(asked), len(asked.sigmas) - 1)
 
@@ -388,7 +391,8 @@ class Pipeline:
     def noise(self, asked: Request, randn: Randn) -> Float[Tensor, "b c h w"]:
         """Pure noise at the first level of the grid, with the variance that the network was trained on."""
         width, height = (side // self.vae.factor for side in asked.size)
-        x = torch.empty(len(asked), self.spec.vae.latent_channels, height, width, device=self.device)
+        shape = len(asked), self.spec.vae.latent_channels, height, width
+        x = torch.empty(shape, dtype=torch.float32, device=self.device)
         return randn(x) * (1 + asked.sigmas[0] ** 2).sqrt()
 
     def stages(self, asked: Request) -> list[list[Stage]]:
@@ -416,6 +420,14 @@ class Pipeline:
             network = unet
         prepare = shared(lambda *conds: joined(conds).to(dtype=dtype).project(unet, times))
         return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=prepare)
+
+    def _check_layers(self, rule: Rule) -> None:
+        """Errors: ValueError if a rule names a layer without self-attention in this U-Net: it would do nothing, at full cost."""
+        names = [module.site.name for module in self.unet.modules() if isinstance(module, Attention) and not module.cross]
+        for layer in (layer for term in rule.terms for view in term.needs for layer in view.blind):
+            if not any(name.startswith(layer) for name in names):
+                known = ", ".join(dict.fromkeys(name.partition(".attentions")[0] for name in names))
+                raise ValueError(f"guidance must name layers with self-attention, in {known}, got {shown(layer)}")
 
     def times(self, sigmas: Float[Tensor, " steps+1"]) -> tuple[float, ...]:
         """The times at which the network is asked in a run over these levels."""
@@ -520,7 +532,8 @@ def finished(run: Run, progress: bool) -> Images:
 
 def told_scale(network: Network, scale: float, dim: int) -> Network:
     """A distilled U-Net with the guidance scale as its input: sinusoids of 1000 · (scale - 1) (Luo et al., arXiv 2310.04378)."""
-    angles = 1000 * (scale - 1) * torch.exp(-math.log(10000) / (dim // 2 - 1) * torch.arange(dim // 2))
+    places = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+    angles = 1000 * (scale - 1) * torch.exp(-math.log(10000) / (dim // 2 - 1) * places)
     embedding = torch.cat([angles.sin(), angles.cos()])[None]  # [1, dim]
 
     def told(x: Tensor, t: Tensor, context, vector: Tensor | None = None, /, **seams: Any) -> Tensor:

@@ -301,7 +301,8 @@ def randn(seeds: Sequence[int]) -> Randn:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def draw(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)
+        draws = [torch.randn(x.shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in generators]
+        return torch.stack(draws).to(x.device, x.dtype)
 
     return draw
 

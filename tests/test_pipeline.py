@@ -20,6 +20,7 @@ from latentdiff.checkpoints.families import SD15, SamplingSpec, ScheduleSpec, no
 from latentdiff.checkpoints.save import save_folder
 from latentdiff.conditioning import TextEncoder
 from latentdiff.diffusion.samplers import SAMPLERS, Step, ddim
+from latentdiff.models.unet import rows_of
 from latentdiff.pipeline import Pipeline
 
 LONG = " ".join(f"a {colour} cat and a dog," for colour in ("red", "blue", "quick", "brown", "flat"))
@@ -185,7 +186,7 @@ def test_network_batches_change_rounding_alone(tiny_pipe):
 def test_guidance_one_is_the_prompt_alone_at_half_the_cost(tiny_parts):
     parts = tiny_parts()
     calls: list[int] = []
-    parts.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    parts.unet.register_forward_pre_hook(lambda module, args: calls.append(rows_of(args[2])))
     pipe = of_parts(parts)
     alone = pipe("a cat", negative="a dog", guidance=1, seed=1, **FEW)[0]
     assert calls == [1] * 3
@@ -296,6 +297,23 @@ def test_the_stream_shows_every_step_and_the_call_is_its_end(tiny_pipe):
     assert same(steps[-1].preview()[0], steps[-1].images()[0])  # at sigma 0 the state is the estimate
     assert not same(steps[0].preview()[0], steps[-1].preview()[0])
     assert steps[0].preview()[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_torchs_defaults_change_nothing(tiny_pipe, dtype):
+    """As people set them for a large model beside ours. The default device is then a GPU; here one that only knows sizes."""
+    asked = {"prompt": ["a (cat:1.2)", "a cat AND a dog :0.3"], "guidance": "cfg(3) + freeu()", "sampler": "pndm", "seed": 1}
+    *_, expected = tiny_pipe.stream(**asked, steps=5)
+    pipe = replace(tiny_pipe)  # with no schedule yet
+    try:
+        torch.set_default_dtype(getattr(torch, dtype))
+        torch.set_default_device("meta")
+        *_, made = pipe.stream(**asked, steps=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert made.x.dtype == torch.float32
+    assert torch.equal(made.x, expected.x)
 
 
 def test_the_finished_picture_alone_has_a_recipe(tiny_pipe):
@@ -423,6 +441,10 @@ BAD = [
     ({"spacing": [1.0]}, r"spacing must have steps \+ 1 = 2 noise levels, got"),
     ({"guidance": 10**400}, r"guidance must be a finite number, got 1000"),
     ({"guidance": "pag(2, 3)"}, r"layers must be names such as 'mid_block', got 3"),
+    (
+        {"guidance": "cfg(3) + pag(2, 'mid_block', 'upblocks')"},
+        r"guidance must name layers with self-attention, in down_blocks\.0, .*'upblocks'",
+    ),
     ({"exact": False}, r"exact needs image, the picture to start from, got none"),
     ({"exact": "no"}, r"exact must be True or False, got 'no'"),
     ({"prompt": None, "image": [Image.new("RGB", (8, 8))] * 2}, r"prompt must be a text or a list of texts, got None"),

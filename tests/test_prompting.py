@@ -15,7 +15,7 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.rules import autoguidance, cfg, interval, pag
 from latentdiff.images import parse_parameters
 from latentdiff.models.caching import Cached
-from latentdiff.models.unet import UNet
+from latentdiff.models.unet import UNet, rows_of
 from latentdiff.pipeline import Pipeline
 from latentdiff.prompts import SYNTAXES
 
@@ -193,11 +193,11 @@ def test_each_picture_of_a_batch_has_its_own_prompt_program(tiny_pipe):
 
 
 class Calls:
-    """The batch sizes that a pipeline's U-Net is called with."""
+    """How many prompts a pipeline's U-Net is called with."""
 
     def __init__(self, pipe):
         self.sizes: list[int] = []
-        self.hook = pipe.unet.register_forward_pre_hook(lambda module, args: self.sizes.append(len(args[0])))
+        self.hook = pipe.unet.register_forward_pre_hook(lambda module, args: self.sizes.append(rows_of(args[2])))
 
     def __enter__(self):
         return self.sizes
@@ -261,6 +261,13 @@ def test_autoguidance_by_a_pipeline_that_keeps_features(tiny_pipe):
     first, _, again = (tiny_pipe(prompt, guidance=rule, **FEW | {"steps": 3})[0] for prompt in ("a cat", "a dog", "a cat"))
     assert same(first, again)
     assert near(first, tiny_pipe("a cat", guidance=1, **FEW | {"steps": 3})[0])
+
+
+def test_features_are_kept_where_another_picture_of_the_batch_takes_turns(tiny_pipe):
+    pipe = replace(tiny_pipe, network=Cached(tiny_pipe.unet, 4))
+    alone = pipe("a cat", guidance="pag(2)", **FEW)[0]
+    assert not same(alone, tiny_pipe("a cat", guidance="pag(2)", **FEW)[0])
+    assert near(pipe(["a cat", "[a|b] dog"], guidance="pag(2)", batch=2, **FEW)[0], alone)
 
 
 def test_rules_work_on_models_that_take_a_picture(tiny_parts):

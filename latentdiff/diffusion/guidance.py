@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -19,10 +19,11 @@ from latentdiff.diffusion.rules import NEGATIVE, PROMPT, Latents, Rule, View
 def guided(denoiser: Denoiser, cond, uncond=None, rule: Rule | None = None) -> Denoise:
     """(x, sigma) -> x0 with conditions and guidance inside; the estimates of one model run as one batch, the prompt's first.
 
-    cond: an object with `context`, `vector` and `join` (conditioning.Cond), one entry a picture; or several with weights, [(cond,
-    weight), …], guided together: negative + sum of weights · (prompt - negative) (Liu et al., arXiv 2206.01714), each at its cost.
-    A weight is a number, or one for each picture [b]. uncond: the negative prompt's. Without a rule, or where none of its terms
-    acts, the network runs on the prompt alone: bit for bit the conditional run, at half of cfg's cost.
+    cond: an object with `context`, `vector`, `join` and a length (conditioning.Cond), one entry a picture; or several with
+    weights, [(cond, weight), …], guided together: negative + sum of weights · (prompt - negative) (Liu et al., arXiv 2206.01714),
+    each at its cost. A weight is a number, or one for each picture [b]. uncond: the negative prompt's. Without a rule, or if none
+    of its terms acts, the network runs on the prompt alone: bit for bit the conditional run, at half of cfg's cost.
+    Errors: ValueError where a condition is missing, or has more or fewer entries than there are pictures.
     """
     parts = list(cond) if isinstance(cond, Sequence) else [(cond, 1.0)]
     lone = len(parts) == 1 and isinstance(parts[0][1], int | float) and parts[0][1] == 1
@@ -35,7 +36,11 @@ def guided(denoiser: Denoiser, cond, uncond=None, rule: Rule | None = None) -> D
     def denoise(x: Latents, sigma: Tensor) -> Latents:
         terms = rule.at(float(sigma))
         views = tuple(dict.fromkeys([*always, *(view for term in terms for view in term.needs)]))
-        slots = [(view, c) for view in views for c in ([uncond] if view.negative else [c for c, _ in parts])]
+        conds = [c for c, _ in parts]
+        slots: list[tuple[View, Any]] = [(view, c) for view in views for c in ([uncond] if view.negative else conds)]
+        entries = {len(c) for _, c in slots}
+        if entries != {len(x)}:  # of a multiple of them the network would take one picture's for another's
+            raise ValueError(f"cond and uncond must have one entry for each of {len(x)} pictures, got {sorted(entries)}")
         merge = next((term.merge for term in terms if term.merge), None)
         if (views, merge) not in evaluators:
             evaluators[views, merge] = _evaluator(replace(denoiser, merge=merge) if merge else denoiser, slots)
@@ -66,8 +71,8 @@ def _evaluator(denoiser: Denoiser, slots: list[tuple[View, Any]]) -> Callable[[L
     for model in models:
         own = [k for k, (view, _) in enumerate(slots) if (view.model or denoiser) is model]
         conds = [slots[k][1] for k in own]
-        blind = [slots[k][0].blind for k in own]
-        with_seams = replace(model, attend=_blinded(model.attend or _sdpa, blind)) if any(blind) else model
+        blind = tuple(slots[k][0].blind for k in own)
+        with_seams = replace(model, attend=_Blinded(model.attend or _sdpa, blind)) if any(blind) else model
         cond = model.prepare(*conds) if model.prepare else reduce(lambda all, c: all.join(c), conds)
         calls.append((with_seams, cond, own))
 
@@ -81,17 +86,22 @@ def _evaluator(denoiser: Denoiser, slots: list[tuple[View, Any]]) -> Callable[[L
     return evaluate
 
 
-def _blinded(attend: Callable[..., Tensor], blind: list[tuple[str, ...]]) -> Callable[..., Tensor]:
-    """Attention in which those shares of the batch that are blind here get their own values back (Ahn et al., arXiv 2403.17377)."""
+@dataclass(frozen=True)
+class _Blinded:
+    """Attention in which those shares of the batch that are blind here get their own values back (Ahn et al., arXiv 2403.17377).
 
-    def blinded(q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:
-        here = [not site.cross and site.name.startswith(layers) for layers in blind]
+    blind: the layers in which each share is. Two that do the same are equal, which tells `models.caching` that they are.
+    """
+
+    attend: Callable[..., Tensor]
+    blind: tuple[tuple[str, ...], ...]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:
+        here = [not site.cross and site.name.startswith(layers) for layers in self.blind]
         if not any(here):
-            return attend(q, k, v, site)
-        shares = zip(here, *(t.chunk(len(blind)) for t in (q, k, v)), strict=True)
-        return torch.cat([v_ if is_blind else attend(q_, k_, v_, site) for is_blind, q_, k_, v_ in shares])
-
-    return blinded
+            return self.attend(q, k, v, site)
+        shares = zip(here, *(t.chunk(len(here)) for t in (q, k, v)), strict=True)
+        return torch.cat([v_ if is_blind else self.attend(q_, k_, v_, site) for is_blind, q_, k_, v_ in shares])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, site) -> Tensor:

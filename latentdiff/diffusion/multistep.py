@@ -100,8 +100,8 @@ def pndm(
     def slope(denoise: Denoise, x: Tensor, k1: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         s, s_next = sigma.item(), sigma_next.item()
         mid = middle(s, s_next) if middle else math.sqrt(s * s_next)
-        k2 = _slope(denoise, x + (mid - s) * k1, torch.tensor(mid, dtype=sigma.dtype))
-        k3 = _slope(denoise, x + (mid - s) * k2, torch.tensor(mid, dtype=sigma.dtype))
+        k2 = _slope(denoise, x + (mid - s) * k1, sigma.new_tensor(mid))
+        k3 = _slope(denoise, x + (mid - s) * k2, sigma.new_tensor(mid))
         k4 = _slope(denoise, x + (s_next - s) * k3, sigma_next)
         return (k1 + 2 * k2 + 2 * k3 + k4) / 6
 
@@ -132,7 +132,7 @@ def _lagrange(nodes: Sequence[float], j: int, u: float) -> float:
 @cache
 def _gauss_legendre(n: int = 16) -> list[tuple[float, float]]:
     """Points and weights on [-1, 1] from the eigenvectors of the Jacobi matrix (Golub & Welsch 1969)."""
-    k = torch.arange(1, n, dtype=torch.float64)
+    k = torch.arange(1, n, dtype=torch.float64, device="cpu")
     off = k / (4 * k**2 - 1).sqrt()
     points, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return list(zip(points.tolist(), (2 * vectors[0] ** 2).tolist(), strict=True))
@@ -267,5 +267,5 @@ def _unipc_weights(r: list[float], h: float, b: float) -> list[float]:
         rhs.append(phi * factorial / b)
         factorial *= k + 1
         phi = phi / -h - 1 / factorial
-    powers = torch.tensor(r, dtype=torch.float64) ** torch.arange(len(r), dtype=torch.float64)[:, None]
-    return torch.linalg.solve(powers, torch.tensor(rhs, dtype=torch.float64)).tolist()
+    powers = torch.tensor([[ratio**k for ratio in r] for k in range(len(r))], dtype=torch.float64, device="cpu")
+    return torch.linalg.solve(powers, powers.new_tensor(rhs)).tolist()

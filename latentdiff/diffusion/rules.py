@@ -206,7 +206,7 @@ def freeu(b1: float = 1.5, b2: float = 1.6, s1: float = 0.9, s2: float = 0.2) ->
 def _scale_low_frequencies(x: Tensor, s: float) -> Tensor:
     """The four frequencies -1 and 0 in each direction times s."""
     spectrum = torch.fft.fft2(x.float())
-    mask = torch.ones(x.shape[-2:], device=x.device)
+    mask = torch.ones(x.shape[-2:], dtype=torch.float32, device=x.device)
     mask[[0, 0, -1, -1], [0, -1, 0, -1]] = s
     return torch.fft.ifft2(spectrum * mask).real.to(x.dtype)
 
@@ -275,11 +275,6 @@ def _check(name: str, value: float, *, least: float = -math.inf, most: float = m
     except OverflowError:  # an integer of hundreds of digits
         number = math.nan
     if math.isnan(number) or (finite and math.isinf(number)) or not least <= number <= most:
-        allowed = (
-            "a finite number"
-            if least == -math.inf
-            else f"at least {least:g}"
-            if most == math.inf
-            else f"from {least:g} to {most:g}"
-        )
+        allowed = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        allowed = "a finite number" if least == -math.inf else allowed
         raise ValueError(f"{name} must be {allowed}, got {value!r:.100}")

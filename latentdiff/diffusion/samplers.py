@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from latentdiff.diffusion.denoiser import consistency
 from latentdiff.diffusion.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, ipndm, lms, plms, pndm, unipc
 from latentdiff.diffusion.schedules import NoiseSchedule, spacing_named
@@ -39,28 +37,12 @@ from latentdiff.diffusion.singlestep import (
 __all__ = ["FACTS", "SAME", "SAMPLERS", "Facts", "Randn", "Sampler", "Step", "bind", "resolve", "rows"]
 
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "plms": plms,
-    "pndm": pndm,
-    "ipndm": ipndm,
-    "euler": euler,
-    "euler_ancestral": euler_ancestral,
-    "heun": heun,
-    "lms": lms,
-    "dpm2": dpm2,
-    "dpm2_ancestral": dpm2_ancestral,
-    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_sde": dpmpp_sde,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "dpmpp_3m_sde": dpmpp_3m_sde,
-    "unipc": unipc,
-    "deis": deis,
-    "lcm": lcm,
-    "tcd": tcd,
-}
+    sampler.__name__: sampler
+    for sampler in (
+        ddpm, ddim, plms, pndm, ipndm, euler, euler_ancestral, heun, lms, dpm2, dpm2_ancestral, dpmpp_2s_ancestral, dpmpp_2m,
+        dpmpp_3m, dpmpp_sde, dpmpp_2m_sde, dpmpp_3m_sde, unipc, deis, lcm, tcd,
+    )
+}  # fmt: skip
 
 DISTILLED = {"lcm": "lcm", "tcd": "lcm"}  # the spacing of samplers that are good for distilled models alone
 SAME = {"euler": "ddim", "euler_ancestral": "ddpm"}  # one rule under two names: on one grid what is measured of one holds for both
@@ -145,10 +127,10 @@ def bind(name: str, schedule: NoiseSchedule) -> Callable[..., Iterator[Step]]:
     """The sampler of that name in the table. Three papers speak of times, which a grid does not know: those get the schedule's."""
 
     def sigma(t: float) -> float:
-        return schedule.sigma(torch.tensor(t)).item()
+        return schedule.sigma(t).item()
 
     def t(sigma: float) -> float:
-        return schedule.t(torch.tensor(sigma)).item()
+        return schedule.t(sigma).item()
 
     if name == "lcm":
         return lambda denoise, x, sigmas, *, randn: lcm(consistency(denoise, schedule), x, sigmas, randn=randn)

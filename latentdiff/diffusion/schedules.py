@@ -50,18 +50,18 @@ class NoiseSchedule:
     def _log_sigmas(self) -> Float[Tensor, " T"]:
         return self.sigmas.log()  # made once: each step asks for it
 
-    def sigma(self, t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    def sigma(self, t: Float[Tensor, "*n"] | float) -> Float[Tensor, "*n"]:
         """sigma at (possibly fractional) t, linear in log sigma between the table's entries; float64."""
-        t = torch.as_tensor(t, dtype=torch.float64).clamp(0, len(self) - 1)
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu").clamp(0, len(self) - 1)
         low, log = t.floor().long().clamp(max=len(self) - 2), self._log_sigmas
         return torch.lerp(log[low], log[low + 1], t - low).exp()
 
-    def t(self, sigma: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    def t(self, sigma: Float[Tensor, "*n"] | float) -> Float[Tensor, "*n"]:
         """The t of a noise level: the inverse of `sigma(t)`, clamped to the table's ends; float64.
 
         Grids are float32, so t comes back within 1e-4 of what went in; values that close to an integer are snapped to it.
         """
-        log, s = self._log_sigmas, torch.as_tensor(sigma).double().clamp(min=1e-12).log()
+        log, s = self._log_sigmas, torch.as_tensor(sigma, dtype=torch.float64, device="cpu").clamp(min=1e-12).log()
         low = (torch.searchsorted(log, s.contiguous()) - 1).clamp(0, len(self) - 2)
         t = (low + (s - log[low]) / (log[low + 1] - log[low])).clamp(0, len(self) - 1)
         return torch.where((t - t.round()).abs() < 1e-3, t.round(), t)
@@ -250,7 +250,8 @@ def grid(
         raise ValueError(f"steps must be an integer from 1 to {T}, got {steps!r}")
     if final not in ("zero", "sigma_min"):
         raise ValueError(f"final must be zero or sigma_min, got {final!r}")
-    sigmas = _named(schedule, steps, spacing, offset, final) if isinstance(spacing, str) else _explicit(spacing, steps)
+    with torch.device("cpu"):  # whatever the caller's default is
+        sigmas = _named(schedule, steps, spacing, offset, final) if isinstance(spacing, str) else _explicit(spacing, steps)
     if sigmas[0] > 1.001 * schedule.sigmas[-1]:
         raise ValueError(
             f"spacing {spacing!r} starts at {sigmas[0]:.4g}: this model knows no level above {schedule.sigmas[-1]:.4g}"

@@ -135,7 +135,7 @@ def _midpoint(denoise: Denoise, x: Latents, sigmas: Grid, randn: Randn, eta: flo
         if down > 0:
             mid = math.sqrt(s * down)
             halfway = carry(x, x0, mid / s)
-            x0 = denoise(halfway, torch.tensor(mid, dtype=sigmas.dtype))
+            x0 = denoise(halfway, sigmas.new_tensor(mid))
             held = hold_x0 or s >= NOISE_ALONE
             x = carry(x, x0, down / s) if held else x + (down - s) / mid * (halfway - x0)
         else:
@@ -185,7 +185,7 @@ def dpmpp_sde(denoise: Denoise, x: Latents, sigmas: Grid, *, randn: Randn, eta: 
             first, second = (randn(x), randn(x)) if eta > 0 else (torch.zeros_like(x), torch.zeros_like(x))
             down, up = ancestral_split(s, mid, eta)
             halfway = carry(x, x0, down / s) + up * first
-            x0 = denoise(halfway, torch.tensor(mid, dtype=sigmas.dtype))
+            x0 = denoise(halfway, sigmas.new_tensor(mid))
             down, up = ancestral_split(s, s_next, eta)
             whole = (math.sqrt(s - mid) * first + math.sqrt(mid - s_next) * second) / math.sqrt(s - s_next)
             x = carry(x, x0, down / s) + up * whole

@@ -16,7 +16,8 @@ class Cached:
     """Takes a U-Net's place for one run: all of it at every `every`-th step, and only its outermost blocks at those between.
 
     What is kept is what enters the last res block of the way up; of all else only the first convolution is computed anew (the
-    paper's figure 2, at its first skip connection). Calls with another batch, as outside of a guidance interval, start anew.
+    paper's figure 2, at its first skip connection). Calls with another batch or attention, as outside of a guidance interval, start
+    anew: what is kept would be another estimate's.
     """
 
     def __init__(self, unet: UNet, every: int):
@@ -24,6 +25,7 @@ class Cached:
             raise ValueError(f"every must be at least 2, got {every!r}")
         self.unet, self.every = unet, every
         self.deep: Tensor | None = None
+        self.attend: Any = None  # with which it was made
         self.age = 0
 
     def fresh(self) -> Cached:
@@ -35,14 +37,14 @@ class Cached:
     ) -> Tensor:
         if torch.is_grad_enabled():
             return self.unet(x, t, context, vector, **seams)
-        fits = self.deep is not None and len(self.deep) == rows_of(context)
+        fits = self.deep is not None and len(self.deep) == rows_of(context) and self.attend == seams.get("attend")
         self.age = self.age + 1 if fits and self.age + 1 < self.every else 0
         if self.age:
             return self._shallow(x, t, context, vector, **seams)
         return self._whole(x, t, context, vector, **seams)
 
     def _whole(self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None, **seams: Any) -> Tensor:
-        merge = seams.pop("merge", concatenate)
+        merge, self.attend = seams.pop("merge", concatenate), seams.get("attend")
 
         def keep(x: Tensor, skip: Tensor, number: int) -> Tensor:
             self.deep = x  # the last call's stays

@@ -16,6 +16,9 @@ class Cond:
     context: Tensor
     vector: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.context)
+
     def join(self, other: Cond) -> Cond:
         return Cond(torch.cat([self.context, other.context]))
 

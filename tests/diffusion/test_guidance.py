@@ -123,6 +123,14 @@ def test_a_missing_negative_is_named(bad, network, cond):
         guided(Denoiser(network, linear()), [(cond(1.0), weight)], None, rule)
 
 
+@pytest.mark.parametrize("entries", [(1, 1), (1, 3), (2, 4)])
+def test_conditions_of_other_than_all_pictures_are_refused(entries, unet, prompt, noise):
+    """Where they make a multiple of the pictures in all, the network would take one's for another's."""
+    conds = [replace(prompt(seed), context=noise(n, 5, 12, seed=seed)) for seed, n in enumerate(entries)]
+    with pytest.raises(ValueError, match=r"cond and uncond must have one entry for each of 2 pictures, got \[(1|1, 3|2, 4)\]"):
+        guided(Denoiser(unet, linear()), *conds, cfg(4.0))(noise(2, 4, 8, 8), SIGMA)
+
+
 def test_conditions_are_prepared_once_for_each_model(network, cond, noise):
     prepared = []
     denoiser = Denoiser(network, linear(), prepare=lambda *c: prepared.append(len(c)) or reduce(lambda a, b: a.join(b), c))

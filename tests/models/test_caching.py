@@ -61,13 +61,18 @@ def test_nothing_is_lost_where_nothing_changed(unet, call):
 
 
 @torch.no_grad()
-def test_another_batch_and_another_run_start_anew(unet, call):
+def test_another_batch_attention_or_run_starts_anew(unet, call):
     x, t, prompt = call
     cached, ran = Cached(unet, 5), count(unet)
     one = (x[:1], t[:1], [(k[:1], v[:1]) for k, v in prompt])
     for given, full in ((call, True), (call, False), (one, True), (one, False), (call, True)):
         ran.clear()
         cached(*given)
+        assert (len(ran) > 1) == full
+    blind = lambda q, k, v, site: v if k.shape == q.shape else sdpa(q, k, v, site)  # noqa: E731
+    for seams, full in (({"attend": blind}, True), ({"attend": blind}, False), ({}, True)):
+        ran.clear()
+        cached(*call, **seams)
         assert (len(ran) > 1) == full
     ran.clear()
     cached.fresh()(*call)
