@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -98,9 +100,10 @@ def check_columns(columns: int | None) -> None:
 def fitted(label: str, font: Any, width: float) -> str:
     """The label on one line, shortened with an ellipsis where it is wider than `width` pixels."""
     label = " ".join(label.split())
-    while font.getlength(label) > width and len(label) > 1:
-        label = label[:-2] + "…"
-    return label
+    if font.getlength(label) <= width:
+        return label
+    kept = bisect_left(range(1, len(label)), True, key=lambda n: font.getlength(label[:n] + "…") > width)
+    return label[:kept] + "…"
 
 
 def save_grid(images: Float[Tensor, "b 3 h w"], path: str | Path, columns: int | None = None) -> None:

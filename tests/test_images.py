@@ -173,6 +173,20 @@ def test_labels_stand_under_their_picture_and_fit():
     assert not ink[:, 99:101].any()  # a long one stays in its column
 
 
+def test_a_long_label_is_shortened_at_once():
+    lengths = []
+
+    class Font:
+        def getlength(self, text):
+            lengths.append(len(text))
+            return 5.0 * len(text)
+
+    assert I.fitted("word " * 20_000, Font(), 38) == "word w…"
+    assert I.fitted("猫", Font(), 1) == "…"
+    assert I.fitted("", Font(), 1) == ""
+    assert len(lengths) < 30
+
+
 @pytest.mark.parametrize("bad", [{"columns": 0}, {"labels": ["a"]}])
 def test_bad_tiles(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
