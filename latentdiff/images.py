@@ -234,7 +234,7 @@ def in_rgb(image: Image.Image) -> Image.Image:
             to_srgb = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), source.mode, "RGB")
             found = to_srgb.apply(source)
         profile = None
-    found.info["icc_profile"] = profile
+    found.info = {"icc_profile": profile}  # and no comment, recipe or other text of the user's, which some formats would save
     return found
 
 

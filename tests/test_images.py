@@ -314,6 +314,15 @@ def test_the_profile_of_rgb_stays_with_its_pixels(tmp_path, mode):
         assert Image.open(tmp_path / f"b{suffix}").info["icc_profile"] == b"whatever"
 
 
+def test_what_a_picture_says_beside_its_pixels_stays_with_the_user(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "private"
+    opened = I.open_picture(saved(tmp_path / "a.jpg", Image.new("RGB", (8, 8)), exif=exif, comment=b"private"))
+    for suffix in I.SAVES:
+        I.save_image(opened, tmp_path / f"b{suffix}")
+        assert b"private" not in (tmp_path / f"b{suffix}").read_bytes()
+
+
 def test_exif_that_cannot_be_read_is_ignored(tmp_path):
     path = saved(tmp_path / "a.png", Image.new("RGB", (8, 8), "red"), exif=b"Exif\0\0II*\0")
     assert pixel(I.open_picture(path)) == (255, 0, 0)
