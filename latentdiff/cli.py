@@ -322,6 +322,7 @@ def edit(
     from latentdiff.editing import sheet as sheet_of
     from latentdiff.images import open_picture, save_image
     from latentdiff.loading import load
+    from latentdiff.origin import checked_sides, expanded
     from latentdiff.pipeline import Pipeline
 
     takes = signature(Pipeline.__call__ if source is None else Pipeline.edit).parameters
@@ -342,6 +343,8 @@ def edit(
     for path, image in zip(images.save(out), images, strict=True):
         print(f"{path}  seed {recipe_of(image)['seed']}")
     if sheet is not None:
+        if (added := options.get("expand")) is not None:  # as large as the result, each thing in its place
+            before = [expanded(photo, None, checked_sides(added))[0] for photo in before]
         save_image(sheet_of(before, images), sheet)
 
 
@@ -395,10 +398,10 @@ def compare(
         As in `latentdiff generate`.
     """
     from latentdiff.compare import sampler_grid
-    from latentdiff.images import check_suffix, save_image
+    from latentdiff.images import check_files, save_image
     from latentdiff.loading import load
 
-    check_suffix(out)
+    check_files([out])
     options = {"guidance": guidance, "spacing": spacing, "seed": seed}
     pipe = load(model, device=device, dtype=dtype)
     save_image(sampler_grid(pipe, prompt, samplers, steps, **{k: v for k, v in options.items() if v is not None}), out)
@@ -554,16 +557,17 @@ def check_grid(out: str, grid: bool, labels: bool, columns: int | None) -> None:
 
 def check_out(out: str, n: int, inputs: Iterable[Path | None], sheet: Path | None = None) -> None:
     """Before the work, not after it: names that the n pictures cannot be written to, or where they would replace what is read."""
-    from latentdiff.images import check_inputs, check_suffix, file_names, is_folder
+    from latentdiff.images import check_files, check_folder, file_names, is_folder
     from latentdiff.request import MAX_PICTURES
 
     targets = [] if is_folder(out) else file_names(Path(out), min(n, MAX_PICTURES))  # more are refused with the other arguments
+    if is_folder(out):
+        check_folder(Path(out))
     if sheet is not None:
-        check_suffix(sheet)
-        if sheet in targets:
+        if sheet.resolve() in map(Path.resolve, targets):
             raise ValueError(f"sheet must be another file than out, got {str(sheet)!r}")
         targets.append(sheet)
-    check_inputs(targets, [path for path in inputs if path is not None])
+    check_files(targets, [path for path in inputs if path is not None])
 
 
 def write_grid(images: Any, out: str, columns: int | None, labels: bool) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
 import latentdiff
-from latentdiff.images import check_suffix, save_image, tile
+from latentdiff.images import check_files, save_image, tile
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in picture sides
 
@@ -75,7 +75,7 @@ def main(
     only
         Numbers of rows, from 1; without them, all.
     """
-    check_suffix(out)
+    check_files([out])
     chosen = EDITS if only is None else [EDITS[k - 1] for k in only]
     pipe = latentdiff.load(model)
     common: dict[str, Any] = {"seed": seed, "guidance": guidance, "steps": steps, "progress": False}
