@@ -41,6 +41,7 @@ Method = Literal["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-pro
 Finder = Literal["ddim", "null-text", "edit-friendly"]
 STEPS = 50
 STRENGTHS = {"img2img": 0.6, "ddim": 1.0, "null-text": 1.0, "edit-friendly": 0.7}  # share of the levels that each goes back
+ROOM = 10**6  # tokens: any context that there is
 KEPT = 0.2  # share of the steps before a region is kept to: maps say little earlier
 
 
@@ -315,8 +316,7 @@ def check_unpictured(plan: Plan, **pictured: bool) -> None:
 
 def check_words(pipe: Pipeline, plan: Plan) -> None:
     """Errors: ValueError for a word of `region` in neither prompt, or of `weights` not in the target."""
-    room = 10**6
-    old, new = (p2p.words(pipe.text, prompt, room) for prompt in (plan.source, plan.target))
+    old, new = (p2p.words(pipe.text, prompt, ROOM) for prompt in (plan.source, plan.target))
     for word in plan.region:
         if not old.find(word):
             new.span(word, "region")
@@ -553,9 +553,9 @@ def invert_alone(
 def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: float, progress: bool) -> Images:
     """`Pipeline.attention` for a request of one picture: it, and a heat map over it for each word."""
     check_model(pipe)
-    ((cond, uncond),) = conditions(pipe, asked)
-    found = p2p.words(pipe.text, asked.prompts[0], cond.tokens)
+    found = p2p.words(pipe.text, asked.prompts[0], ROOM)
     spans = [found.span(word, "word") for word in words]
+    ((cond, uncond),) = conditions(pipe, asked)
 
     def look(unet: UNet) -> tuple[Tensor, list[p2p.Maps]]:
         x = pipe.noise(asked, randn := request.randn(asked.seeds))
