@@ -198,10 +198,11 @@ def generate(
     if handoff is not None and refiner is None:
         raise ValueError(f"handoff needs refiner, the model that takes over, got handoff {handoff} alone")
 
+    from latentdiff.checkpoints.adapted import scaled, worded
     from latentdiff.loading import load
 
     common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "compile": compile, "int8": int8}
-    added = {"lora": scales(lora or []), "embeddings": words(embedding or [])}
+    added = {"lora": dict(map(scaled, lora or [])), "embeddings": dict(map(worded, embedding or []))}
     pipe = load(model, prediction=prediction, vae=vae, **added, **common)
     if refiner is None:
         images = pipe(**options, progress=not quiet)
@@ -500,20 +501,6 @@ def read_prompts(path: Path | None) -> list[str]:
     if not found:
         raise ValueError(f"prompts-file must hold at least one prompt, one a line, got {path}, which is empty")
     return found
-
-
-def scales(files: Sequence[str]) -> dict[str, float]:
-    """`file:0.8` as {file: 0.8}."""
-    from latentdiff.checkpoints.adapted import scaled
-
-    return dict(scaled(file) for file in files)
-
-
-def words(files: Sequence[str]) -> dict[str, str | None]:
-    """`file:word` as {file: word}."""
-    from latentdiff.checkpoints.adapted import worded
-
-    return dict(worded(file) for file in files)
 
 
 def sides(size: str) -> int | tuple[int, int]:

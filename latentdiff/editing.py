@@ -487,7 +487,7 @@ class Maker:
                 return self.denoiser(attend)(x, sigma, both)
             conds = both
             if nulls:
-                null = nulls[inversion.level_of(levels, sigma.item())].to(self.dtype)
+                null = nulls[levels.index(sigma.item())].to(self.dtype)
                 conds = replace(told.join(Cond(null, untold.vector)).project(self.unet), shifts=both.shifts)
             prompt, negative = self.denoiser(attend)(x, sigma, conds).chunk(2)
             return prompt + (guidance - 1) * (prompt - negative)

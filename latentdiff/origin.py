@@ -314,14 +314,11 @@ class Given:
     image_guidance: float | None = None
 
 
-NEUTRAL = {"mask": None, "strength": None, "exact": True, "blur": 0, "padding": None, "expand": None, "image_guidance": None}
-
-
 def canvases(pipe: Pipeline, given: Given, size: int | tuple[int, int] | None) -> list[Canvas]:
     """The pictures made ready; none where none is given. Errors: as `canvas`, and ValueError for arguments that need a picture."""
     task = pipe.spec.task
     if given.image is None:
-        for name, neutral in NEUTRAL.items():
+        for name, neutral in vars(Given()).items():
             if getattr(given, name) != neutral:
                 raise ValueError(f"{name} needs image, the picture to start from, got none")
         return []

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import latentdiff
 from latentdiff.images import check_files, save_image, tile
+from latentdiff.request import integer
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in picture sides
 
@@ -76,7 +77,7 @@ def main(
         Numbers of rows, from 1; without them, all.
     """
     check_files([out])
-    chosen = EDITS if only is None else [EDITS[k - 1] for k in only]
+    chosen = EDITS if only is None else [EDITS[integer("only", k, 1, len(EDITS)) - 1] for k in only]
     pipe = latentdiff.load(model)
     common: dict[str, Any] = {"seed": seed, "guidance": guidance, "steps": steps, "progress": False}
     pictures, labels = [], []

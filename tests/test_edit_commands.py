@@ -170,6 +170,8 @@ def test_the_sheet_of_edits_has_a_row_of_each_kind(tiny_folder, tmp_path):
     kinds = [edit.kind for edit in module.EDITS]
     assert len(kinds) >= 8
     assert set(kinds) >= {"animal", "colour", "style", "adding", "removing", "inpainting"}
+    with pytest.raises(ValueError, match=f"only must be an integer from 1 to {len(kinds)}, got 0"):
+        module.main(out=tmp_path / "sheet.png", model=str(tiny_folder), steps=1, only=[1, 0])
     module.main(out=tmp_path / "sheet.png", model=str(tiny_folder), seed=3, strength=0.5, steps=2, only=[1, len(kinds)])
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     first, box = module.EDITS[0], module.EDITS[-1].box
