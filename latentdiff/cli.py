@@ -547,9 +547,9 @@ def check_out(out: str, n: int, inputs: Iterable[Path | None], sheet: Path | Non
     from latentdiff.images import check_files, check_folder, file_names, is_folder
     from latentdiff.request import MAX_PICTURES
 
-    targets = [] if is_folder(out) else file_names(Path(out), min(n, MAX_PICTURES))  # more are refused with the other arguments
     if is_folder(out):
         check_folder(Path(out))
+    targets = [] if is_folder(out) else file_names(Path(out), min(n, MAX_PICTURES))  # more are refused with the other arguments
     if sheet is not None:
         if sheet.resolve() in map(Path.resolve, targets):
             raise ValueError(f"sheet must be another file than out, got {str(sheet)!r}")

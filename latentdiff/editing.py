@@ -203,9 +203,7 @@ class Edited:
         return self.settings
 
     def marks(self, k: int) -> dict[str, str]:
-        if self.canvas is None:
-            return {images.PHOTO: "none"}
-        return self.canvas.marks
+        return {images.PHOTO: "none"} if self.canvas is None else self.canvas.marks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
