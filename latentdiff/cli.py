@@ -198,10 +198,11 @@ def generate(
     if handoff is not None and refiner is None:
         raise ValueError(f"handoff needs refiner, the model that takes over, got handoff {handoff} alone")
 
+    from latentdiff.checkpoints.adapted import scaled, worded
     from latentdiff.loading import load
 
     common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "compile": compile, "int8": int8}
-    added = {"lora": scales(lora or []), "embeddings": words(embedding or [])}
+    added = {"lora": dict(map(scaled, lora or [])), "embeddings": dict(map(worded, embedding or []))}
     pipe = load(model, prediction=prediction, vae=vae, **added, **common)
     if refiner is None:
         images = pipe(**options, progress=not quiet)
@@ -322,6 +323,7 @@ def edit(
     from latentdiff.editing import sheet as sheet_of
     from latentdiff.images import open_picture, save_image
     from latentdiff.loading import load
+    from latentdiff.origin import checked_sides, expanded
     from latentdiff.pipeline import Pipeline
 
     takes = signature(Pipeline.__call__ if source is None else Pipeline.edit).parameters
@@ -342,6 +344,8 @@ def edit(
     for path, image in zip(images.save(out), images, strict=True):
         print(f"{path}  seed {recipe_of(image)['seed']}")
     if sheet is not None:
+        if (added := options.get("expand")) is not None:  # as large as the result, each thing in its place
+            before = [expanded(photo, None, checked_sides(added))[0] for photo in before]
         save_image(sheet_of(before, images), sheet)
 
 
@@ -395,10 +399,10 @@ def compare(
         As in `latentdiff generate`.
     """
     from latentdiff.compare import sampler_grid
-    from latentdiff.images import check_suffix, save_image
+    from latentdiff.images import check_files, save_image
     from latentdiff.loading import load
 
-    check_suffix(out)
+    check_files([out])
     options = {"guidance": guidance, "spacing": spacing, "seed": seed}
     pipe = load(model, device=device, dtype=dtype)
     save_image(sampler_grid(pipe, prompt, samplers, steps, **{k: v for k, v in options.items() if v is not None}), out)
@@ -499,20 +503,6 @@ def read_prompts(path: Path | None) -> list[str]:
     return found
 
 
-def scales(files: Sequence[str]) -> dict[str, float]:
-    """`file:0.8` as {file: 0.8}."""
-    from latentdiff.checkpoints.adapted import scaled
-
-    return dict(scaled(file) for file in files)
-
-
-def words(files: Sequence[str]) -> dict[str, str | None]:
-    """`file:word` as {file: word}."""
-    from latentdiff.checkpoints.adapted import worded
-
-    return dict(worded(file) for file in files)
-
-
 def sides(size: str) -> int | tuple[int, int]:
     """512, or 512x768 as (512, 768)."""
     try:
@@ -554,16 +544,17 @@ def check_grid(out: str, grid: bool, labels: bool, columns: int | None) -> None:
 
 def check_out(out: str, n: int, inputs: Iterable[Path | None], sheet: Path | None = None) -> None:
     """Before the work, not after it: names that the n pictures cannot be written to, or where they would replace what is read."""
-    from latentdiff.images import check_inputs, check_suffix, file_names, is_folder
+    from latentdiff.images import check_files, check_folder, file_names, is_folder
     from latentdiff.request import MAX_PICTURES
 
+    if is_folder(out):
+        check_folder(Path(out))
     targets = [] if is_folder(out) else file_names(Path(out), min(n, MAX_PICTURES))  # more are refused with the other arguments
     if sheet is not None:
-        check_suffix(sheet)
-        if sheet in targets:
+        if sheet.resolve() in map(Path.resolve, targets):
             raise ValueError(f"sheet must be another file than out, got {str(sheet)!r}")
         targets.append(sheet)
-    check_inputs(targets, [path for path in inputs if path is not None])
+    check_files(targets, [path for path in inputs if path is not None])
 
 
 def write_grid(images: Any, out: str, columns: int | None, labels: bool) -> None:

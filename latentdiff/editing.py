@@ -41,6 +41,7 @@ Method = Literal["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-pro
 Finder = Literal["ddim", "null-text", "edit-friendly"]
 STEPS = 50
 STRENGTHS = {"img2img": 0.6, "ddim": 1.0, "null-text": 1.0, "edit-friendly": 0.7}  # share of the levels that each goes back
+ROOM = 10**6  # tokens: any context that there is
 KEPT = 0.2  # share of the steps before a region is kept to: maps say little earlier
 
 
@@ -202,9 +203,7 @@ class Edited:
         return self.settings
 
     def marks(self, k: int) -> dict[str, str]:
-        if self.canvas is None:
-            return {images.PHOTO: "none"}
-        return self.canvas.marks
+        return {images.PHOTO: "none"} if self.canvas is None else self.canvas.marks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -315,8 +314,7 @@ def check_unpictured(plan: Plan, **pictured: bool) -> None:
 
 def check_words(pipe: Pipeline, plan: Plan) -> None:
     """Errors: ValueError for a word of `region` in neither prompt, or of `weights` not in the target."""
-    room = 10**6
-    old, new = (p2p.words(pipe.text, prompt, room) for prompt in (plan.source, plan.target))
+    old, new = (p2p.words(pipe.text, prompt, ROOM) for prompt in (plan.source, plan.target))
     for word in plan.region:
         if not old.find(word):
             new.span(word, "region")
@@ -487,7 +485,7 @@ class Maker:
                 return self.denoiser(attend)(x, sigma, both)
             conds = both
             if nulls:
-                null = nulls[inversion.level_of(levels, sigma.item())].to(self.dtype)
+                null = nulls[levels.index(sigma.item())].to(self.dtype)
                 conds = replace(told.join(Cond(null, untold.vector)).project(self.unet), shifts=both.shifts)
             prompt, negative = self.denoiser(attend)(x, sigma, conds).chunk(2)
             return prompt + (guidance - 1) * (prompt - negative)
@@ -553,9 +551,9 @@ def invert_alone(
 def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: float, progress: bool) -> Images:
     """`Pipeline.attention` for a request of one picture: it, and a heat map over it for each word."""
     check_model(pipe)
-    ((cond, uncond),) = conditions(pipe, asked)
-    found = p2p.words(pipe.text, asked.prompts[0], cond.tokens)
+    found = p2p.words(pipe.text, asked.prompts[0], ROOM)
     spans = [found.span(word, "word") for word in words]
+    ((cond, uncond),) = conditions(pipe, asked)
 
     def look(unet: UNet) -> tuple[Tensor, list[p2p.Maps]]:
         x = pipe.noise(asked, randn := request.randn(asked.seeds))

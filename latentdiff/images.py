@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -98,9 +100,10 @@ def check_columns(columns: int | None) -> None:
 def fitted(label: str, font: Any, width: float) -> str:
     """The label on one line, shortened with an ellipsis where it is wider than `width` pixels."""
     label = " ".join(label.split())
-    while font.getlength(label) > width and len(label) > 1:
-        label = label[:-2] + "…"
-    return label
+    if font.getlength(label) <= width:
+        return label
+    kept = bisect_left(range(1, len(label)), True, key=lambda n: font.getlength(label[:n] + "…") > width)
+    return label[:kept] + "…"
 
 
 def save_grid(images: Float[Tensor, "b 3 h w"], path: str | Path, columns: int | None = None) -> None:
@@ -134,18 +137,29 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"path must end in {', '.join(SAVES)}, or be a folder, got {str(path)!r}")
 
 
-def check_inputs(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Errors: ValueError where a file to write is one of those that are read."""
+def check_files(targets: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
+    """Errors: ValueError where no picture can be written to a target, or where it is one of the files that are read."""
     there = [path for path in inputs if path.exists()]
     for target in targets:
+        check_suffix(target)
+        check_folder(target.parent)
+        if target.is_dir():
+            raise ValueError(f"path must be a file, got {str(target)!r}, which is a folder")
         if target.exists() and any(target.samefile(path) for path in there):
             raise ValueError(f"path must be another file than those that are read, got {str(target)!r}")
+
+
+def check_folder(folder: Path) -> None:
+    """Errors: ValueError for a folder that can neither be written to nor, where it is not there, be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"path must be in a folder that can be written to, got {str(folder)!r}")
 
 
 def slug(image: Image.Image) -> str:
     """A file name from the picture's recipe: its prompt's words and its seed."""
     recipe = parse_parameters(image.info.get("parameters", ""))[0]
-    words = "-".join(re.findall(r"\w+", str(recipe["prompt"]).lower()))[:60].strip("-")
+    words = "-".join(re.findall(r"\w+", str(recipe["prompt"]).lower()))[:50].strip("-")  # at most 200 bytes of 255
     return "-".join(filter(None, [words or "picture", str(recipe.get("seed", ""))]))
 
 
@@ -165,8 +179,9 @@ def save_image(image: Image.Image, path: Path) -> None:
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"PNG": {"pnginfo": png_text(image)}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
-    kind = SAVES[path.suffix.lower()]
-    image.save(path, kind, icc_profile=image.info.get("icc_profile"), **options[kind])
+    kind, encoded = SAVES[path.suffix.lower()], io.BytesIO()
+    image.save(encoded, kind, icc_profile=image.info.get("icc_profile"), **options[kind])
+    path.write_bytes(encoded.getbuffer())  # what has the name stays where a format cannot hold the picture
 
 
 def png_text(image: Image.Image) -> PngImagePlugin.PngInfo:
@@ -231,7 +246,7 @@ def in_rgb(image: Image.Image) -> Image.Image:
             to_srgb = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), source.mode, "RGB")
             found = to_srgb.apply(source)
         profile = None
-    found.info["icc_profile"] = profile
+    found.info = {"icc_profile": profile}  # and no comment, recipe or other text of the user's, which some formats would save
     return found
 
 

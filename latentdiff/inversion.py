@@ -176,8 +176,3 @@ def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1]; infinite where they are equal."""
     error = (a.float() - b.float()).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(4 / error)
-
-
-def level_of(sigmas: Sequence[float], sigma: float) -> int:
-    """The step of a grid that begins nearest to a level."""
-    return min(range(len(sigmas) - 1), key=lambda i: abs(sigmas[i] - sigma))

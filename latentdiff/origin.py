@@ -57,12 +57,15 @@ class Canvas:
         """The box at the model's size."""
         return self.photo.resize(self.size, Image.Resampling.LANCZOS, box=self.box)
 
+    def white(self) -> Bool[Tensor, "1 1 height width"]:
+        """Where any part of a pixel may change, at the model's size; in floats, since 8 bits would round a dot to nothing."""
+        assert self.mask is not None
+        share = self.mask.convert("F").resize(self.size, Image.Resampling.BOX, box=self.box)
+        return torch.from_numpy(np.array(share) > 0)[None, None]
+
     def repaint(self, factor: int) -> Float[Tensor, "1 1 h w"]:
         """1 for latents of which any pixel may change, else 0."""
-        assert self.mask is not None
-        pixels = self.mask.resize(self.size, Image.Resampling.BOX, box=self.box)
-        white = torch.from_numpy(np.array(pixels) > 0).float()
-        return F.max_pool2d(white[None, None], factor)
+        return F.max_pool2d(self.white().float(), factor)
 
     def finish(self, new: Image.Image) -> Image.Image:
         """The photo with `new` in its box; pixels outside the mask are the photo's own, to the last bit."""
@@ -311,14 +314,11 @@ class Given:
     image_guidance: float | None = None
 
 
-NEUTRAL = {"mask": None, "strength": None, "exact": True, "blur": 0, "padding": None, "expand": None, "image_guidance": None}
-
-
 def canvases(pipe: Pipeline, given: Given, size: int | tuple[int, int] | None) -> list[Canvas]:
     """The pictures made ready; none where none is given. Errors: as `canvas`, and ValueError for arguments that need a picture."""
     task = pipe.spec.task
     if given.image is None:
-        for name, neutral in NEUTRAL.items():
+        for name, neutral in vars(Given()).items():
             if getattr(given, name) != neutral:
                 raise ValueError(f"{name} needs image, the picture to start from, got none")
         return []
@@ -427,8 +427,7 @@ def origin(pipe: Pipeline, found: Sequence[Canvas], each: int, strength: float, 
 
 def without_masked(found: Sequence[Canvas], pictures: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
     """The pictures with grey (0) where the mask is white: what an inpainting model may see of them."""
-    masks = [c.mask.resize(c.size, Image.Resampling.BOX, box=c.box).convert("RGB") for c in found if c.mask is not None]
-    return images.to_tensor(pictures) * (images.to_tensor(masks) == -1)
+    return images.to_tensor(pictures) * ~torch.cat([c.white() for c in found])
 
 
 def fingerprint(image: Image.Image) -> str:

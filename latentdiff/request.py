@@ -8,6 +8,7 @@ import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -281,7 +282,8 @@ def checked_eta(eta: Any, name: str, solver: Callable[..., Iterator[Step]]) -> f
 def checked_size(size: Any, factor: int) -> tuple[int, int]:
     """(width, height) in pixels; each a multiple of what one latent stands for."""
     pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    sides = [s for s in pair if isinstance(s, int) and not isinstance(s, bool) and factor <= s <= MAX_SIDE and s % factor == 0]
+    whole = [int(s) for s in pair if isinstance(s, Integral) and not isinstance(s, bool)]
+    sides = [s for s in whole if factor <= s <= MAX_SIDE and s % factor == 0]
     if len(pair) != 2 or len(sides) != 2:
         allowed = f"in multiples of {factor} from {factor} to {MAX_SIDE} pixels"
         raise ValueError(f"size must be one side, or (width, height), {allowed}, got {shown(size)}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter, run
 
 import latentdiff
-from latentdiff.images import check_inputs, check_suffix
+from latentdiff.images import check_files
 
 Method = Literal["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-prompt"]
 
@@ -57,8 +57,7 @@ def main(
         Another number, another try.
     """
     sheet = out.with_name(f"{out.stem}-sheet.png")
-    check_suffix(out)
-    check_inputs([out, sheet], filter(None, (photo, mask)))
+    check_files([out, sheet], filter(None, (photo, mask)))
     pipe = latentdiff.load(model)
     options: dict[str, Any] = {"strength": strength, "guidance": guidance, "region": region, "mask": mask}
     edits = pipe.edit(photo, source=source, target=target, method=method, seed=seed, **options)

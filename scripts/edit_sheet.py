@@ -13,7 +13,8 @@ from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
 import latentdiff
-from latentdiff.images import check_suffix, save_image, tile
+from latentdiff.images import check_files, save_image, tile
+from latentdiff.request import integer
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in picture sides
 
@@ -75,8 +76,8 @@ def main(
     only
         Numbers of rows, from 1; without them, all.
     """
-    check_suffix(out)
-    chosen = EDITS if only is None else [EDITS[k - 1] for k in only]
+    check_files([out])
+    chosen = EDITS if only is None else [EDITS[integer("only", k, 1, len(EDITS)) - 1] for k in only]
     pipe = latentdiff.load(model)
     common: dict[str, Any] = {"seed": seed, "guidance": guidance, "steps": steps, "progress": False}
     pictures, labels = [], []

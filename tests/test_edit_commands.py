@@ -38,6 +38,8 @@ def photo(width=40, height=32) -> Image.Image:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The working folder, with a picture and a mask."""
+    tmp_path = tmp_path / "folder"
+    tmp_path.mkdir()
     monkeypatch.chdir(tmp_path)
     photo().save("photo.png")
     mask = Image.new("L", (40, 32), 0)
@@ -77,8 +79,11 @@ def test_without_from_the_command_inpaints(folder, tiny_folder, tiny_pipe):
     assert run("photo.png", "--to", "a dog", "--mask", "mask.png", "--padding", 4, "--blur", 2, *common) == 0
     mask = Image.open("mask.png")
     assert equal("out.png", tiny_pipe("a dog", image=photo(), mask=mask, padding=4, blur=2, steps=3, seed=5, progress=False)[0])
-    assert run("photo.png", "--to", "a dog", "--expand", 1, 2, 3, 4, *common) == 0
+    assert run("photo.png", "--to", "a dog", "--expand", 1, 2, 3, 4, "--sheet", "sheet.png", *common) == 0
     assert Image.open("out.png").size == (44, 38)
+    difference = Image.open("sheet.png").crop((88, 0, 132, 38))
+    assert difference.crop((1, 2, 41, 34)).getbbox() is None  # the picture lies where it lay
+    assert difference.getbbox() is not None
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,10 @@ def test_a_recipe_makes_the_edit_again(folder, tiny_folder, made):
         (("photo.png", "--to", "a dog", "--mask", "mask.png", "-o", "mask.png"), ["path must be another file", "mask.png"]),
         (("photo.png", "--to", "a dog", "-o", "a.png", "--sheet", "photo.png"), ["path must be another file", "photo.png"]),
         (("photo.png", "--to", "a dog", "-o", "a.png", "--sheet", "a.png"), ["sheet must be another file than out", "a.png"]),
+        (("photo.png", "--to", "a dog", "-o", "a.png", "--sheet", "../folder/a.png"), ["sheet must be another file than out"]),
         (("photo.png", "--to", "a dog", "--sheet", "s.gif"), [".png", "s.gif"]),
+        (("photo.png", "--to", "a dog", "--sheet", "photo.png/s.png"), ["folder that can be written to", "photo.png"]),
+        (("photo.png", "--to", "a dog", "-o", "photo.png/new/"), ["folder that can be written to", "photo.png/new"]),
         (("photo.png", "--recipe", "plain.png"), ["recipe", "plain.png", "text alone", "latentdiff generate --recipe"]),
         (("photo.png", "--from", "a cat", "--recipe", "img2img.png"), ["recipe", "with --from", "img2img.png", "sampler"]),
     ],
@@ -162,6 +170,8 @@ def test_the_sheet_of_edits_has_a_row_of_each_kind(tiny_folder, tmp_path):
     kinds = [edit.kind for edit in module.EDITS]
     assert len(kinds) >= 8
     assert set(kinds) >= {"animal", "colour", "style", "adding", "removing", "inpainting"}
+    with pytest.raises(ValueError, match=f"only must be an integer from 1 to {len(kinds)}, got 0"):
+        module.main(out=tmp_path / "sheet.png", model=str(tiny_folder), steps=1, only=[1, 0])
     module.main(out=tmp_path / "sheet.png", model=str(tiny_folder), seed=3, strength=0.5, steps=2, only=[1, len(kinds)])
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     first, box = module.EDITS[0], module.EDITS[-1].box

@@ -173,6 +173,20 @@ def test_labels_stand_under_their_picture_and_fit():
     assert not ink[:, 99:101].any()  # a long one stays in its column
 
 
+def test_a_long_label_is_shortened_at_once():
+    lengths = []
+
+    class Font:
+        def getlength(self, text):
+            lengths.append(len(text))
+            return 5.0 * len(text)
+
+    assert I.fitted("word " * 20_000, Font(), 38) == "word w…"
+    assert I.fitted("猫", Font(), 1) == "…"
+    assert I.fitted("", Font(), 1) == ""
+    assert len(lengths) < 30
+
+
 @pytest.mark.parametrize("bad", [{"columns": 0}, {"labels": ["a"]}])
 def test_bad_tiles(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -197,6 +211,36 @@ def test_images_save_slice_and_show(tmp_path):
     for name in ("cat", "cat.gif", "cat.png.exe"):
         with pytest.raises(ValueError, match="path must end in"):
             images.save(tmp_path / name)
+
+
+def test_the_longest_words_and_seed_are_a_file_name(tmp_path):
+    image = solid("red")[0]
+    image.info["parameters"] = I.write_parameters({"prompt": "\U00010400" * 99, "steps": 1, "sampler": "s", "seed": 2**64 - 1})
+    assert I.Images([image] * 2).save(f"{tmp_path}/")[1].name.endswith("-18446744073709551615-2.png")
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.jpg"])
+def test_what_a_format_cannot_hold_replaces_nothing(tmp_path, name):
+    I.save_image(solid("red")[0], tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises((ValueError, OSError)):
+        I.save_image(Image.new("RGB", (70_000, 1)), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("folder.png", "which is a folder"), ("file/a.png", "in a folder that can be written to"), ("file/b/a.png", "got .*file/b'"),
+     ("new/a.gif", "path must end in"), ("here.png", "another file"), ("shut/new/a.png", "got .*shut/new'")],
+)  # fmt: skip
+def test_files_that_cannot_be_written_are_refused(tmp_path, monkeypatch, name, message):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "shut").mkdir()
+    for file in ("file", "here.png"):
+        (tmp_path / file).touch()
+    monkeypatch.setattr("os.access", lambda path, _: path.name != "shut")  # who runs tests may be allowed everything
+    with pytest.raises(ValueError, match=message):
+        I.check_files([tmp_path / "new" / "a.png", tmp_path / name], [tmp_path / "here.png", tmp_path / "none.png"])
 
 
 # ---------------------------------------------------------------------------------------------------- pictures of a user
@@ -298,6 +342,15 @@ def test_the_profile_of_rgb_stays_with_its_pixels(tmp_path, mode):
     for suffix in I.SAVES:
         I.save_image(opened, tmp_path / f"b{suffix}")
         assert Image.open(tmp_path / f"b{suffix}").info["icc_profile"] == b"whatever"
+
+
+def test_what_a_picture_says_beside_its_pixels_stays_with_the_user(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "private"
+    opened = I.open_picture(saved(tmp_path / "a.jpg", Image.new("RGB", (8, 8)), exif=exif, comment=b"private"))
+    for suffix in I.SAVES:
+        I.save_image(opened, tmp_path / f"b{suffix}")
+        assert b"private" not in (tmp_path / f"b{suffix}").read_bytes()
 
 
 def test_exif_that_cannot_be_read_is_ignored(tmp_path):

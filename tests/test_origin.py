@@ -278,6 +278,8 @@ def test_the_depth_of_a_place_is_its_distance_to_the_edge():
 def test_a_latent_is_repainted_if_any_of_its_pixels_is_masked():
     mask = white_box((32, 32), (7, 8, 9, 9))
     assert origin.canvas(photo(), mask, native=32, factor=4).repaint(4)[0, 0].nonzero().tolist() == [[2, 1], [2, 2]]
+    dot = white_box((960, 960), (700, 100, 701, 101))  # a thousandth of the model's pixel
+    assert origin.canvas(photo(960, 960), dot, native=32, factor=4).repaint(4)[0, 0].nonzero().tolist() == [[0, 5]]
 
 
 # --------------------------------------------------------------------------------------------------------- sizes and canvases

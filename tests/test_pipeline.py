@@ -405,6 +405,7 @@ def test_nothing_of_a_long_prompt_is_cut(tiny_pipe):
 def test_any_size(tiny_pipe):
     assert tiny_pipe("a cat", size=(44, 4), **FEW)[0].size == (44, 4)
     assert tiny_pipe("a cat", size=12, **FEW)[0].size == (12, 12)
+    assert tiny_pipe("a cat", size=(np.int64(12), 4), **FEW)[0].size == (12, 4)  # as steps, seed and n may be
     assert tiny_pipe("a cat", **FEW)[0].size == (32, 32)
 
 
