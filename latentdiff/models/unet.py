@@ -286,8 +286,12 @@ class UNet(nn.Module):
         if self.config.time_cond_dim is not None or not 0 < rows * len(times) <= GRID:
             return {}
         whole = side_by_side([block.time_emb_proj for block in self.res_blocks])
-        table = (self.embed_times(torch.full((rows,), time, device=like.device), vector, None, like.dtype, whole) for time in times)
-        return {time: shifts.expand(batch, -1) for time, shifts in zip(times, table, strict=True)}
+
+        def at(time: float) -> Tensor:
+            t = torch.full((rows,), time, dtype=torch.float32, device=like.device)
+            return self.embed_times(t, vector, None, like.dtype, whole).expand(batch, -1)
+
+        return {time: at(time) for time in times}
 
     def forward(
         self,
