@@ -111,7 +111,8 @@ def apg(scale: float, parallel: float = 0.0, norm: float = math.inf) -> Rule:
     def direction(x0: Estimates) -> Latents:
         prompt, d = x0[PROMPT], x0[PROMPT] - x0[NEGATIVE]
         dims = tuple(range(1, d.ndim))
-        d = d * (norm / torch.linalg.vector_norm(d, dim=dims, keepdim=True)).clamp(max=1)
+        length = torch.linalg.vector_norm(d, dim=dims, keepdim=True).clamp(min=1e-30)  # both prompts may be one
+        d = d * (norm / length).clamp(max=1)
         along = (d * prompt).sum(dims, keepdim=True) / prompt.square().sum(dims, keepdim=True) * prompt
         return (scale - 1) * (d + (parallel - 1) * along)
 

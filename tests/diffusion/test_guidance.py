@@ -185,6 +185,8 @@ def test_apg_against_diffusers(noise):
     torch.testing.assert_close(combined(apg(7.5, 1.0), x0), combined(cfg(7.5), x0), rtol=1e-12, atol=1e-12)
     change = combined(apg(7.5), x0) - x0[PROMPT]
     assert (change * x0[PROMPT]).flatten(1).sum(1).abs().max() < 1e-9
+    one = {PROMPT: x0[PROMPT], NEGATIVE: x0[PROMPT]}
+    assert torch.equal(combined(apg(7.5, 0.0, 0.0), one), one[PROMPT])
 
 
 def test_threshold_is_imagens_with_the_prompts_own_bound(noise):
