@@ -317,7 +317,7 @@ def replacing(path: Path):
         part = _beside(path, "part")
         try:
             yield part
-            with part.open("rb") as f:
+            with part.open("r+b") as f:  # Windows flushes only what may be written to
                 os.fsync(f.fileno())
             part.replace(path)
         finally:
