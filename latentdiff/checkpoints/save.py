@@ -33,6 +33,7 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 TOWERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 FOLDER = ("model_index.json", "scheduler", "unet", "vae", *TOWERS, "clip")  # what a folder that we write may hold
+SEEN = (".DS_Store", "desktop.ini", "Thumbs.db")  # what file managers write into folders that are looked into
 
 
 def save_folder(parts: Parts, path: str | os.PathLike) -> None:
@@ -64,7 +65,9 @@ def check_whole(parts: Parts) -> None:
 
 def check_replaceable(path: Path) -> None:
     """Only a model folder is ever replaced, and none that holds something else, which would be lost."""
-    found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    if path.name in ("", ".."):
+        raise ValueError(f"target {path}: needs the name of a folder, which is written beside it and then renamed")
+    found = sorted(p.name for p in path.iterdir() if p.name not in SEEN) if path.is_dir() else []
     if path.exists() and not (path.is_dir() and ("model_index.json" in found or not found)):
         raise FileExistsError(f"{path}: exists and is no model folder (model_index.json); it is not replaced")
     if others := [name for name in found if name not in FOLDER]:
