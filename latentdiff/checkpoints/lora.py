@@ -72,8 +72,8 @@ UNDERSCORED: Mapping[str, tuple[str, ...]] = {
 }
 DOTTED: Mapping[str, tuple[str, ...]] = {
     "unet": ("unet.", "", "base_model.model.", "diffusion_model."),
-    "text 0": ("text_encoder.",),
-    "text 1": ("text_encoder_2.",),
+    "text 0": ("text_encoder.", "base_model.model.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+    "text 1": ("text_encoder_2.", "text_encoders.clip_g.transformer."),
 }
 OLD_NAMES: Mapping[str, str] = {  # diffusers before 2023-09
     r"\.processor\.": ".",
@@ -110,14 +110,19 @@ class Change:
         """The change of a weight of this shape, without DoRA's magnitude; float32."""
         t = {role: tensor.float() for role, tensor in self.tensors.items()}
         if "diff" in t:
-            return t["diff"].reshape(shape)
+            return _laid(t["diff"], shape)
         if "down" in t:
             change = _product(t["up"], t["down"], t.get("mid"))
         elif "hada_w1_a" in t:
             change = _factor(t, "hada_w1", "hada_t1") * _factor(t, "hada_w2", "hada_t2")
         else:
             change = _kronecker(_factor(t, "lokr_w1", ""), _factor(t, "lokr_w2", "lokr_t2"))
-        return (self.strength * change).reshape(shape)
+        return _laid(self.strength * change, shape)
+
+
+def _laid(change: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same numbers as a weight, whose kernel may be flat or of 1×1. Errors: RuntimeError for other outputs or inputs."""
+    return change.reshape(change.shape[:1] + shape[1:]).reshape(shape)
 
 
 def _product(up: Tensor, down: Tensor, mid: Tensor | None) -> Tensor:
@@ -195,17 +200,16 @@ def _targets(networks: Networks) -> dict[str, Target]:
     refiner = "text 1" not in networks and isinstance(unet, UNet) and unet.config.vector_dim is not None  # its tower is the second
     for network, module in networks.items():
         names = [n.removesuffix(".weight") for n in module.state_dict() if n.endswith(".weight")]
-        extra = ("lora_te2_",) if network == "text 0" and refiner else ()
+        called = ("text 0", "text 1") if network == "text 0" and refiner else (network,)
         spelled = {name: name for name in names}
         if isinstance(module, UNet):
             spelled |= {source.name: name for name, source in keymap.unet_sources(names, module.config, prefix="").items()}
         else:  # transformers from 5.0 on leaves the prefix out
             spelled |= {name.removeprefix("text_model."): name for name in names}
         for spelling, name in spelled.items():
-            for prefix in (*UNDERSCORED[network], *extra):
-                targets[prefix + spelling.replace(".", "_")] = (network, name)
-            for prefix in DOTTED[network]:
-                targets[prefix + spelling] = (network, name)
+            for each in called:
+                targets |= {prefix + spelling.replace(".", "_"): (network, name) for prefix in UNDERSCORED[each]}
+                targets |= {prefix + spelling: (network, name) for prefix in DOTTED[each]}
     return targets
 
 
@@ -214,7 +218,7 @@ def _change(file: TensorFile, target: Target, roles: Mapping[str, str], said: Ma
     core = frozenset(tensors) - BESIDE
     if core not in KINDS and set(tensors) != {"bias"}:
         raise CheckpointError(f"{file.path}: the keys {some_names(roles.values())} are no complete change of a weight")
-    if any(not t.isfinite().all() for t in tensors.values()):
+    if any(not t.float().isfinite().all() for t in tensors.values()):
         raise CheckpointError(f"{file.path}: {some_names(roles.values())} hold NaN or infinite numbers")
     if "alpha" in roles:
         alpha = file.get(roles["alpha"])
@@ -230,7 +234,7 @@ def _peft_config(file: TensorFile) -> dict[str, Any]:
     """What diffusers writes of peft's configuration into the header; peft itself writes it beside the file."""
     beside = file.path.with_name("adapter_config.json")
     if file.path.stem == "adapter_model" and beside.is_file():
-        return {f"unet.{name}": value for name, value in read_json(beside).items()}
+        return {f"{network}.{name}": value for name, value in read_json(beside).items() for network in ("unet", "text_encoder")}
     try:
         said = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError as error:
