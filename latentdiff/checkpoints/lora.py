@@ -283,11 +283,8 @@ def with_loras(networks: Networks, loras: Sequence[tuple[Lora, float]], *, merge
 
     loras: each with its scale; 0 is none, bit for bit. merge: put the changes into the weights (rounded once, from float32);
     False leaves the weights alone and adds the changes to the layers' outputs: slower, no rounding, little memory.
-    Errors: ValueError for a scale, and for a network whose weights are kept in fewer bits than they are used in.
+    Errors: ValueError for a network whose weights are kept in fewer bits than they are used in.
     """
-    for _, scale in loras:
-        if not math.isfinite(scale):
-            raise ValueError(f"a LoRA's scale must be a finite number, got {scale!r}")
     by_weight: dict[Target, list[tuple[Change, float]]] = {}
     for lora, scale in loras:
         for target, change in lora.changes.items():

@@ -17,9 +17,7 @@ from latentdiff.checkpoints.lora import twin
 from latentdiff.models.text import TextTower, Tokenizer
 
 SDXL = ("clip_l", "clip_g")  # keys of SDXL's pairs, in the order of its towers
-ONE = re.compile(
-    r"string_to_param\..*|emb_params|\*|clip_[lg]"
-)  # keys of files with one set of vectors, which do not name the word
+ONE = re.compile(r"string_to_param\..*|emb_params|\*|clip_[lg]")  # keys of files with one set of vectors, which name no word
 
 
 @dataclass(frozen=True, eq=False)
