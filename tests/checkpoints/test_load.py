@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from latentdiff.checkpoints import configs, detect, families, keymap
 from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, open_tensors, write_safetensors
 from latentdiff.checkpoints.io import load_parts, networks, single_sources
+from latentdiff.checkpoints.report import inspect
 from latentdiff.checkpoints.save import (
     convert,
     follows_from_names,
