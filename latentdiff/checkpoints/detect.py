@@ -15,6 +15,7 @@ import torch
 from latentdiff.checkpoints import configs, families, keymap
 from latentdiff.checkpoints.families import ModelSpec, Prediction
 from latentdiff.checkpoints.files import CheckpointError, TensorFile
+from latentdiff.checkpoints.lora import ROLES
 from latentdiff.models.unet import UNet
 
 CONV_IN = keymap.UNET_PREFIX + "input_blocks.0.0.weight"
@@ -42,10 +43,7 @@ class Kind:
     ends: tuple[str, ...] = ()
 
 
-LORA_ENDS = (
-    *(".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"),
-    *(".hada_w1_a", ".lokr_w1", ".lokr_w1_a"),
-)
+LORA_ENDS = tuple(end for end, role in ROLES.items() if role != "alpha")
 INVERSION = Kind(
     "textual inversion", "load a model, then add it with `embeddings`", ("string_to_param", "emb_params", "clip_l", "clip_g")
 )

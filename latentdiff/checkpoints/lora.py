@@ -248,9 +248,8 @@ def _with_alpha(change: Change, target: Target, said: Mapping[str, Any]) -> Chan
     prefix = {"unet": "unet", "text 0": "text_encoder", "text 1": "text_encoder_2"}[network]
 
     def find(value: Any, patterns: str) -> Any:
-        for pattern, other in (said.get(f"{prefix}.{patterns}") or {}).items():
-            value = other if re.search(rf"(^|\.){pattern}$", name) else value
-        return value
+        found = (said.get(f"{prefix}.{patterns}") or {}).items()
+        return next((other for pattern, other in found if re.search(rf"(^|\.)({pattern})$", name)), value)
 
     alpha = find(said.get(f"{prefix}.lora_alpha", said.get(f"{prefix}.alpha")), "alpha_pattern")  # of LoRA; of LoHa and LoKr
     rank = change.rank or find(said.get(f"{prefix}.r"), "rank_pattern")

@@ -411,6 +411,21 @@ def test_peft_agrees_on_the_folders_that_it_saves(sd15, tmp_path, kind):
     close(weight(made, "unet", target), merged)
 
 
+@pytest.mark.oracle
+def test_peft_agrees_on_alphas_by_pattern(sd15, tmp_path):
+    """Patterns with alternatives, and more than one that fits: the first counts."""
+    peft = pytest.importorskip("peft")
+    patterns = {"attn1.to_q|attn1.to_k": 12, "to_q": 20, "attn2.to_v": 3}
+    targets = [LINEAR, LINEAR.replace("to_q", "to_k"), LINEAR.replace("attn1.to_q", "attn2.to_v"), CONV]
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, alpha_pattern=patterns, init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(sd15["unet"]), config)
+    model.save_pretrained(tmp_path)
+    changes = read_lora(tmp_path / "adapter_model.safetensors", sd15).changes
+    scalings = {target: model.get_submodule(f"base_model.model.{target}").scaling["default"] for target in targets}
+    assert {target: changes["unet", target].strength for target in targets} == scalings
+
+
+@pytest.mark.oracle
 def test_peft_agrees_on_a_text_towers_folder(folder, sd15, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     tower = transformers.CLIPTextModel.from_pretrained(folder("sd15") / "text_encoder", local_files_only=True)

@@ -183,6 +183,9 @@ def test_inspect_other_files(tmp_path):
         report = inspect(tmp_path / "x.safetensors")
         assert report.kind == kind
         assert f"x.safetensors: {kind}" in str(report)
+    for name in ("x.lora_A.default.weight", "x.diff", "x.lokr_w2", "x.w_norm", "x.hada_w1_b"):
+        write_safetensors(tmp_path / "x.safetensors", {name: torch.ones(2)})
+        assert inspect(tmp_path / "x.safetensors").kind == "LoRA"
     for name, shape in (("<toy>", (768,)), ("<toy>", (4, 1024)), ("emb_params", (2, 32))):
         write_safetensors(tmp_path / "x.safetensors", {name: torch.ones(shape)})
         assert inspect(tmp_path / "x.safetensors").kind == "textual inversion"
