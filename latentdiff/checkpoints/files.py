@@ -267,7 +267,8 @@ def _unnest(path: Path, loaded: Any) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}")
     if isinstance(inner := loaded.get("string_to_param"), Mapping):  # A1111's textual inversion
         extra |= {f"string_to_param.{k}": v for k, v in inner.items() if isinstance(v, Tensor)}
-    return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)} | extra
+    found = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)} | extra
+    return {k: v.detach() for k, v in found.items()}  # some are parameters, which would ask for gradients
 
 
 def in_memory(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:

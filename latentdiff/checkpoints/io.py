@@ -92,8 +92,9 @@ def locate(
 
     vae: only an autoencoder is wanted of it.
     """
-    if not os.fspath(path):
-        raise ValueError("path is empty: needs a file, a folder or a hub id (owner/name)")
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        name = "vae" if vae else "path"
+        raise ValueError(f"{name} must be a file, a folder or a hub id (owner/name), got {path!r}")
     here = Path(path)
     if here.exists():
         return here

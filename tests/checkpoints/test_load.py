@@ -318,7 +318,10 @@ def test_ckpt_only_with_the_switch(single, sd15):
     [
         ({"prediction": "epsilon"}, "prediction must be eps, v or x0, got 'epsilon'"),
         ({"dtype": torch.int8}, "dtype must be one of .*, got torch.int8"),
-        ({"path": ""}, "path is empty"),
+        ({"path": ""}, r"path must be a file, a folder or a hub id \(owner/name\), got ''"),
+        ({"path": 5}, "path must be a file, .* got 5"),
+        ({"path": ["a"]}, r"path must be a file, .* got \['a'\]"),
+        ({"path": __file__, "vae": 5}, "vae must be a file, .* got 5"),
         ({"path": "no/such/thing"}, "no/such/thing: there is no such file or folder"),
         ({"path": "model.safetensors"}, "model.safetensors: there is no such file or folder"),
     ],

@@ -99,6 +99,15 @@ def test_changes_in_few_bits(sd15, tmp_path, dtype):
     assert torch.allclose(weight(made, "unet", LINEAR), weight(sd15, "unet", LINEAR) + up.float() @ down.float(), atol=1e-6)
 
 
+def test_pickled_parameters_are_not_trained(sd15, tmp_path):
+    """Parameters that `torch.save` wrote have no part in gradients here, and the network can be copied."""
+    pairs = zip(("lora_A", "lora_B"), pair(weight(sd15, "unet", LINEAR)), strict=True)
+    torch.save({f"unet.{LINEAR}.{role}.weight": torch.nn.Parameter(tensor) for role, tensor in pairs}, tmp_path / "l.pt")
+    made = with_loras(sd15, [(read_lora(tmp_path / "l.pt", sd15, allow_pickle=True), 1.0)], merge=False)
+    assert not run(made).requires_grad
+    assert torch.equal(run({"unet": copy.deepcopy(made["unet"])}), run(made))
+
+
 def test_old_diffusers_names(sd15, tmp_path):
     names = {
         "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora": LINEAR,
