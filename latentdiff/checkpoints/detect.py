@@ -43,12 +43,13 @@ class Kind:
     ends: tuple[str, ...] = ()
 
 
-LORA_ENDS = tuple(end for end, role in ROLES.items() if role != "alpha")
 INVERSION = Kind(
     "textual inversion", "load a model, then add it with `embeddings`", ("string_to_param", "emb_params", "clip_l", "clip_g")
 )
 KINDS: tuple[Kind, ...] = (
-    Kind("LoRA", "load the model it was made for, then add it with `lora`", ends=LORA_ENDS),
+    Kind(
+        "LoRA", "load the model it was made for, then add it with `lora`", ends=tuple(end for end in ROLES if ROLES[end] != "alpha")
+    ),
     INVERSION,
     Kind("Stable Diffusion 3", "latentdiff does not run it", ("model.diffusion_model.joint_blocks.", "joint_blocks.")),
     Kind("Flux", "latentdiff does not run it", ("model.diffusion_model.double_blocks.", "double_blocks.")),

@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 import weakref
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -163,15 +164,16 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map text to text")
     entries, end = _check_entries(path, header, 8 + length)
-    if 8 + length + end > size:
+    promised = 8 + length + end
+    if promised > size:
         raise CheckpointError(
-            f"{path}: truncated: its header promises {8 + length + end} bytes, the file has {size} "
-            f"({8 + length + end - size} are missing). Download it again"
+            f"{path}: truncated: its header promises {promised} bytes, the file has {size} ({promised - size} are missing). "
+            "Download it again"
         )
-    if 8 + length + end < size:
+    if promised < size:
         raise CheckpointError(
-            f"{path}: {size - 8 - length - end} bytes follow the last tensor; expected {8 + length + end} bytes, found {size}. "
-            "The file is damaged, or two were joined: download it again"
+            f"{path}: {size - promised} bytes follow the last tensor; expected {promised} bytes, found {size}. The file is "
+            "damaged, or two were joined: download it again"
         )
     return entries, metadata
 
@@ -231,7 +233,7 @@ def _open_pickle(path: Path, allowed: bool) -> TensorFile:
         raise CheckpointError(f"{path}: this is a pickle under the name of a safetensors file; if you trust it, rename it to .ckpt")
     try:
         with torch.serialization.safe_globals([(_Leftover, name) for name in LEFTOVERS]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the unpickler raises many types
         raise CheckpointError(
             f"{path}: torch refuses to read this pickle with weights_only=True: {_refusal(error)}. Use a .safetensors file"
@@ -248,11 +250,6 @@ class _Leftover:
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as f:
-        return f.read(4) == b"PK\x03\x04"  # only torch's zip format can be memory-mapped
 
 
 def _unnest(path: Path, loaded: Any) -> dict[str, Tensor]:

@@ -31,9 +31,9 @@ ARCHITECTURES: Mapping[str, str] = {
     "sdxl-instruct": "stable-diffusion-xl-v1-base/instruct-pix2pix",
     "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
 }
-TOWERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-FOLDER = ("model_index.json", "scheduler", "unet", "vae", *TOWERS, "clip")  # what a folder that we write may hold
-SEEN = (".DS_Store", "desktop.ini", "Thumbs.db")  # what file managers write into folders that are looked into
+# What a folder that we write may hold, and what file managers write into folders that are looked into.
+FOLDER = ("model_index.json", "scheduler", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "clip")
+SEEN = (".DS_Store", "desktop.ini", "Thumbs.db")
 
 
 def save_folder(parts: Parts, path: str | os.PathLike) -> None:
@@ -111,12 +111,9 @@ def original_tensors(state: Mapping[str, Tensor], sources: Mapping[str, Source])
     shared: dict[str, list[tuple[Source, Tensor]]] = {}
     for name, source in sources.items():
         shared.setdefault(source.name, []).append((source, state[name]))
-    return {name: _joined(found) for name, found in shared.items()}
-
-
-def _joined(found: list[tuple[Source, Tensor]]) -> Tensor:
-    found = sorted(found, key=lambda pair: pair[0].op)  # thirds in their order
-    return found[0][0].original([tensor for _, tensor in found])
+    for found in shared.values():
+        found.sort(key=lambda pair: pair[0].op)  # thirds in their order
+    return {name: found[0][0].original([tensor for _, tensor in found]) for name, found in shared.items()}
 
 
 def metadata(parts: Parts) -> dict[str, str]:
