@@ -221,12 +221,10 @@ def _change(file: TensorFile, target: Target, roles: Mapping[str, str], said: Ma
     if any(not t.float().isfinite().all() for t in tensors.values()):
         raise CheckpointError(f"{file.path}: {some_names(roles.values())} hold NaN or infinite numbers")
     if "alpha" in roles:
-        alpha = file.get(roles["alpha"])
+        alpha = file.get(roles["alpha"]).float()
         if alpha.numel() != 1 or not alpha.isfinite().all():
             raise CheckpointError(f"{file.path}: {roles['alpha']} must be one finite number, found {alpha}")
         return Change(tensors, float(alpha))
-    if not said:
-        return Change(tensors)
     return _with_alpha(Change(tensors), target, said)
 
 

@@ -94,7 +94,8 @@ def test_spellings_name_the_same_weights(sd15, tmp_path, spelling):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
 def test_changes_in_few_bits(sd15, tmp_path, dtype):
     down, up = (t.to(dtype) for t in pair(weight(sd15, "unet", LINEAR)))
-    write_safetensors(tmp_path / "l.safetensors", kohya(f"lora_unet_{LINEAR.replace('.', '_')}", down, up))
+    name = f"lora_unet_{LINEAR.replace('.', '_')}"
+    write_safetensors(tmp_path / "l.safetensors", kohya(name, down, up) | {f"{name}.alpha": torch.tensor(3.0, dtype=dtype)})
     made = with_loras(sd15, [(read_lora(tmp_path / "l.safetensors", sd15), 1.0)])
     assert torch.allclose(weight(made, "unet", LINEAR), weight(sd15, "unet", LINEAR) + up.float() @ down.float(), atol=1e-6)
 
