@@ -208,12 +208,13 @@ def _check_entries(path: Path, header: dict[str, Any], data: int) -> tuple[dict[
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
         if not all(type(n) is int and n >= 0 for n in shape):
             raise CheckpointError(f"{path}: tensor {name!r} has shape {shape}; needs numbers of at least 0")
-        if end - begin != prod(shape) * DTYPES[dtype].itemsize:
+        entry = Entry(DTYPES[dtype], tuple(shape), data + begin)
+        if end - begin != entry.bytes:
             raise CheckpointError(
-                f"{path}: tensor {name!r} ({dtype}, {shape}) takes {prod(shape) * DTYPES[dtype].itemsize} bytes, "
-                f"its data_offsets {begin}–{end} give {end - begin}"
+                f"{path}: tensor {name!r} ({dtype}, {shape}) takes {entry.bytes} bytes, its data_offsets "
+                f"{begin}–{end} give {end - begin}"
             )
-        spans.append((begin, end, name, Entry(DTYPES[dtype], tuple(shape), data + begin)))
+        spans.append((begin, end, name, entry))
     position = 0
     for begin, end, name, _ in sorted(spans, key=lambda s: s[:2]):
         if begin != position:

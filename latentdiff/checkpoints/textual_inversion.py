@@ -43,8 +43,7 @@ def read_inversion(
     file = open_tensors(Path(path), allow_pickle=allow_pickle)
     names = list(file.entries)
     if set(names) == set(SDXL):
-        keys = [n for n, t in zip(SDXL, towers, strict=False)] if len(towers) == 2 else ["clip_g"]
-        own = None
+        keys, own = list(SDXL) if len(towers) == 2 else ["clip_g"], None
     elif len(one := [name for name in names if ONE.fullmatch(name)]) == 1:
         keys, own = one, file.metadata.get("name")
     elif len(names) == 1:
