@@ -66,9 +66,8 @@ def load(
     place = best_device() if device is None else checked_device(device)
     kind = best_dtype(place) if dtype is None else checked_dtype(dtype)
     check(place, kind, compile=compile, float8=float8, int8=int8, weights=weights, cache=cache)
-    for file, _ in [*pairs(lora, 1.0), *pairs(embeddings, None)]:
-        if not Path(file).exists():
-            raise FileNotFoundError(f"{file}: there is no such file or folder")
+    pairs("lora", lora, 1.0)  # this and the next for their errors, before a model is read
+    pairs("embeddings", embeddings, None)
     parts = load_parts(
         embedded() if path is None else path,
         prediction=prediction,

@@ -1,5 +1,7 @@
 """What `load` refuses before it reads."""
 
+from pathlib import Path
+
 import pytest
 
 import latentdiff
@@ -25,8 +27,25 @@ def test_options_that_do_not_fit_are_refused_before_a_model_is_read(monkeypatch,
         latentdiff.load(device="cpu", dtype="float32", **bad)
 
 
-@pytest.mark.parametrize("files", [{"lora": "no.safetensors"}, {"lora": {"no.safetensors": 2}}, {"embeddings": ["no.safetensors"]}])
-def test_files_that_are_not_there_are_missed_before_a_model_is_read(monkeypatch, files):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"lora": "no.safetensors"}, r"lora: no\.safetensors: there is no such file"),
+        ({"lora": {"no.safetensors": 2}}, r"lora: no\.safetensors: there is no such file"),
+        ({"embeddings": ["no.safetensors"]}, r"embeddings: no\.safetensors: there is no such file"),
+        ({"lora": {__file__: float("nan")}}, "the scale of .*test_loading.py must be a finite number, got nan"),
+        ({"lora": {__file__: float("inf")}}, "a finite number, got inf"),
+        ({"lora": {__file__: "0.8"}}, "a finite number, got '0.8'"),
+        ({"lora": {__file__: None}}, "a finite number, got None"),
+        ({"embeddings": {__file__: 1}}, "the word of .*test_loading.py must be text, got 1"),
+        ({"lora": [(__file__, 0.8)]}, r"takes a file, a list of files or a dict of files .* got \[\('.*test_loading.py', 0.8\)\]"),
+        ({"lora": 0.8}, "takes a file, a list of files .* got 0.8"),
+        ({"embeddings": None}, "takes a file, a list of files .* got None"),
+        ({"lora": iter([__file__])}, "takes a file, a list of files .* got <list_iterator"),  # it would be empty later
+        ({"lora": Path(__file__).parent}, "tests is a folder; name the file in it"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_before_a_model_is_read(monkeypatch, files, message):
     monkeypatch.setattr(loading, "load_parts", lambda *_, **__: pytest.fail("read a model"))
-    with pytest.raises(FileNotFoundError, match=r"no\.safetensors: there is no such file"):
+    with pytest.raises((ValueError, FileNotFoundError, IsADirectoryError), match=message):
         latentdiff.load(device="cpu", dtype="float32", **files)

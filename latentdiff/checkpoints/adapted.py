@@ -1,8 +1,10 @@
 """A model with LoRAs and new words on: other parts, which share with the first whatever is not changed."""
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import TypeAlias, TypeVar
 
 from latentdiff.checkpoints.io import Parts
@@ -13,7 +15,7 @@ from latentdiff.models.unet import UNet
 
 T = TypeVar("T")
 Path: TypeAlias = str | os.PathLike
-Files: TypeAlias = Path | Sequence[Path] | Mapping[Path, T]  # one, several, or several with a value each
+Files: TypeAlias = Path | Collection[Path] | Mapping[Path, T]  # one, several, or several with a value each
 
 
 def adapted(
@@ -26,11 +28,12 @@ def adapted(
 ) -> Parts:
     """As `latentdiff.adapt`, before a model is on its device."""
     towers, tokenizers = parts.text_encoders, parts.tokenizers
-    if named := pairs(embeddings, None):
+    scales, named = pairs("lora", lora, 1.0), pairs("embeddings", embeddings, None)
+    if named:
         found = [read_inversion(path, towers, word=word, allow_pickle=allow_pickle) for path, word in named]
         towers, tokenizers = with_inversions(towers, tokenizers, found)
     networks: Networks = {"unet": parts.unet, **{f"text {i}": tower for i, tower in enumerate(towers)}}
-    loras = [(read_lora(path, networks, allow_pickle=allow_pickle), scale) for path, scale in pairs(lora, 1.0)]
+    loras = [(read_lora(path, networks, allow_pickle=allow_pickle), scale) for path, scale in scales]
     made = with_loras(networks, loras, merge=merge)
     unet = made.pop("unet")
     assert isinstance(unet, UNet)
@@ -39,11 +42,25 @@ def adapted(
     return replace(parts, spec=spec, unet=unet, text_encoders=towers, tokenizers=tokenizers)
 
 
-def pairs(files: Files[T], default: T) -> list[tuple[Path, T]]:
-    """Files with their values."""
-    if isinstance(files, Mapping):
-        return list(files.items())
-    return [(file, default) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
+def pairs(name: str, files: Files[T], default: T) -> list[tuple[Path, T]]:
+    """The files of the argument `lora` or `embeddings`, with their values: scales or words.
+
+    Errors: FileNotFoundError and IsADirectoryError for a file; ValueError for a value, and for what is no files.
+    """
+    several = [files] if isinstance(files, str | os.PathLike) else files
+    if not isinstance(several, Collection) or not all(isinstance(file, str | os.PathLike) for file in several):
+        raise ValueError(f"{name} takes a file, a list of files or a dict of files and their values, got {files!r}")
+    found = list(several.items()) if isinstance(several, Mapping) else [(file, default) for file in several]
+    for file, value in found:
+        if os.path.isdir(file):
+            raise IsADirectoryError(f"{name}: {file} is a folder; name the file in it")
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"{name}: {file}: there is no such file")
+        if name == "lora" and not (isinstance(value, Real) and math.isfinite(value)):
+            raise ValueError(f"lora: the scale of {file} must be a finite number, got {value!r}")
+        if name == "embeddings" and not isinstance(value, str | None):
+            raise ValueError(f"embeddings: the word of {file} must be text, got {value!r}")
+    return found
 
 
 def scaled(text: str) -> tuple[str, float]:

@@ -64,8 +64,6 @@ TINY_FIXED: Mapping[str, tuple] = {
     "latent_shift": (0.5,),
     "shift_factor": (0.0, None),
 }
-TEXT_FIXED: Mapping[str, tuple] = {"hidden_act": ("quick_gelu", "gelu")}
-SCHEDULE_FIXED: Mapping[str, tuple] = {"trained_betas": (None,)}
 
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -212,12 +210,8 @@ def read_vae(config: Config) -> VAEConfig | TinyVAEConfig:
         return _read_tiny(config)
     config.check(VAE_FIXED)
     widths = tuple(config.get("block_out_channels", list, [64]))
-    config.check(
-        {
-            "down_block_types": (["DownEncoderBlock2D"] * len(widths),),
-            "up_block_types": (["UpDecoderBlock2D"] * len(widths),),
-        }
-    )
+    blocks = ["DownEncoderBlock2D"] * len(widths), ["UpDecoderBlock2D"] * len(widths)
+    config.check({"down_block_types": blocks[:1], "up_block_types": blocks[1:]})
     return _built(
         config,
         VAEConfig,
@@ -255,7 +249,7 @@ def _read_tiny(config: Config) -> TinyVAEConfig:
 
 def read_tower(config: Config, *, pad: int, begin: int, end: int) -> TowerSpec:
     """A `text_encoder/config.json`; the token ids are the tokenizer's, since the ones in old files are wrong."""
-    config.check(TEXT_FIXED)
+    config.check({"hidden_act": ("quick_gelu", "gelu")})
     return TowerSpec(
         width=config.get("hidden_size", int, 512),
         mlp=config.get("intermediate_size", int, 2048),
@@ -274,8 +268,7 @@ def read_tower(config: Config, *, pad: int, begin: int, end: int) -> TowerSpec:
 
 def read_schedule(config: Config) -> tuple[ScheduleSpec, SamplingSpec, str]:
     """The noise schedule, how to sample, and the prediction, of a `scheduler_config.json`."""
-    config.check(SCHEDULE_FIXED)
-    config.check({"beta_schedule": tuple(KINDS), "prediction_type": tuple(PREDICTIONS)})
+    config.check({"trained_betas": (None,), "beta_schedule": tuple(KINDS), "prediction_type": tuple(PREDICTIONS)})
     config.check({"timestep_spacing": TIME_SPACINGS})
     name = str(config.data.get("_class_name"))
     if name.startswith(NOT_BETAS) or ("beta_schedule" not in config.data and {"sigma_data", "shift"} & set(config.data)):

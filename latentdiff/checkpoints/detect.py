@@ -15,6 +15,7 @@ import torch
 from latentdiff.checkpoints import configs, families, keymap
 from latentdiff.checkpoints.families import ModelSpec, Prediction
 from latentdiff.checkpoints.files import CheckpointError, TensorFile
+from latentdiff.checkpoints.lora import ROLES
 from latentdiff.models.unet import UNet
 
 CONV_IN = keymap.UNET_PREFIX + "input_blocks.0.0.weight"
@@ -42,15 +43,13 @@ class Kind:
     ends: tuple[str, ...] = ()
 
 
-LORA_ENDS = (
-    *(".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight"),
-    *(".hada_w1_a", ".lokr_w1", ".lokr_w1_a"),
-)
 INVERSION = Kind(
     "textual inversion", "load a model, then add it with `embeddings`", ("string_to_param", "emb_params", "clip_l", "clip_g")
 )
 KINDS: tuple[Kind, ...] = (
-    Kind("LoRA", "load the model it was made for, then add it with `lora`", ends=LORA_ENDS),
+    Kind(
+        "LoRA", "load the model it was made for, then add it with `lora`", ends=tuple(end for end in ROLES if ROLES[end] != "alpha")
+    ),
     INVERSION,
     Kind("Stable Diffusion 3", "latentdiff does not run it", ("model.diffusion_model.joint_blocks.", "joint_blocks.")),
     Kind("Flux", "latentdiff does not run it", ("model.diffusion_model.double_blocks.", "double_blocks.")),

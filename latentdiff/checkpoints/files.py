@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 import weakref
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -163,15 +164,16 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map text to text")
     entries, end = _check_entries(path, header, 8 + length)
-    if 8 + length + end > size:
+    promised = 8 + length + end
+    if promised > size:
         raise CheckpointError(
-            f"{path}: truncated: its header promises {8 + length + end} bytes, the file has {size} "
-            f"({8 + length + end - size} are missing). Download it again"
+            f"{path}: truncated: its header promises {promised} bytes, the file has {size} ({promised - size} are missing). "
+            "Download it again"
         )
-    if 8 + length + end < size:
+    if promised < size:
         raise CheckpointError(
-            f"{path}: {size - 8 - length - end} bytes follow the last tensor; expected {8 + length + end} bytes, found {size}. "
-            "The file is damaged, or two were joined: download it again"
+            f"{path}: {size - promised} bytes follow the last tensor; expected {promised} bytes, found {size}. The file is "
+            "damaged, or two were joined: download it again"
         )
     return entries, metadata
 
@@ -206,12 +208,13 @@ def _check_entries(path: Path, header: dict[str, Any], data: int) -> tuple[dict[
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
         if not all(type(n) is int and n >= 0 for n in shape):
             raise CheckpointError(f"{path}: tensor {name!r} has shape {shape}; needs numbers of at least 0")
-        if end - begin != prod(shape) * DTYPES[dtype].itemsize:
+        entry = Entry(DTYPES[dtype], tuple(shape), data + begin)
+        if end - begin != entry.bytes:
             raise CheckpointError(
-                f"{path}: tensor {name!r} ({dtype}, {shape}) takes {prod(shape) * DTYPES[dtype].itemsize} bytes, "
-                f"its data_offsets {begin}–{end} give {end - begin}"
+                f"{path}: tensor {name!r} ({dtype}, {shape}) takes {entry.bytes} bytes, its data_offsets "
+                f"{begin}–{end} give {end - begin}"
             )
-        spans.append((begin, end, name, Entry(DTYPES[dtype], tuple(shape), data + begin)))
+        spans.append((begin, end, name, entry))
     position = 0
     for begin, end, name, _ in sorted(spans, key=lambda s: s[:2]):
         if begin != position:
@@ -231,7 +234,7 @@ def _open_pickle(path: Path, allowed: bool) -> TensorFile:
         raise CheckpointError(f"{path}: this is a pickle under the name of a safetensors file; if you trust it, rename it to .ckpt")
     try:
         with torch.serialization.safe_globals([(_Leftover, name) for name in LEFTOVERS]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the unpickler raises many types
         raise CheckpointError(
             f"{path}: torch refuses to read this pickle with weights_only=True: {_refusal(error)}. Use a .safetensors file"
@@ -250,11 +253,6 @@ class _Leftover:
         pass
 
 
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as f:
-        return f.read(4) == b"PK\x03\x04"  # only torch's zip format can be memory-mapped
-
-
 def _unnest(path: Path, loaded: Any) -> dict[str, Tensor]:
     """The tensors of a training checkpoint, which nests them under `state_dict`, sometimes twice."""
     extra: dict[str, Tensor] = {}
@@ -267,7 +265,8 @@ def _unnest(path: Path, loaded: Any) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}")
     if isinstance(inner := loaded.get("string_to_param"), Mapping):  # A1111's textual inversion
         extra |= {f"string_to_param.{k}": v for k, v in inner.items() if isinstance(v, Tensor)}
-    return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)} | extra
+    found = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)} | extra
+    return {k: v.detach() for k, v in found.items()}  # some are parameters, which would ask for gradients
 
 
 def in_memory(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> TensorFile:
@@ -317,7 +316,7 @@ def replacing(path: Path):
         part = _beside(path, "part")
         try:
             yield part
-            with part.open("rb") as f:
+            with part.open("r+b") as f:  # Windows flushes only what may be written to
                 os.fsync(f.fileno())
             part.replace(path)
         finally:

@@ -92,8 +92,9 @@ def locate(
 
     vae: only an autoencoder is wanted of it.
     """
-    if not os.fspath(path):
-        raise ValueError("path is empty: needs a file, a folder or a hub id (owner/name)")
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        name = "vae" if vae else "path"
+        raise ValueError(f"{name} must be a file, a folder or a hub id (owner/name), got {path!r}")
     here = Path(path)
     if here.exists():
         return here
@@ -270,7 +271,11 @@ def load_vae(path: Path, spec: ModelSpec, options: Options) -> VAE | TinyVAE:
         if isinstance(config, VAEConfig) and spec.vector == "none":
             config = replace(config, force_upcast=False)  # files say true by default; only SDXL's overflows in float16
         module: Any = on_meta(TinyVAE, config) if isinstance(config, TinyVAEConfig) else on_meta(VAE, config)
-        _check_latents(folder, module.config, spec)
+        if config.latent_channels != spec.vae.latent_channels:
+            raise CheckpointError(
+                f"{folder}: this autoencoder has {config.latent_channels} latent channels, "
+                f"the model's has {spec.vae.latent_channels}"
+            )
         return from_folder(module, folder, options, "VAE", keymap.VAE_SYNONYMS)
     file = open_single(path, options.allow_pickle)
     config = spec.vae if isinstance(spec.vae, VAEConfig) else VAEConfig()
@@ -283,10 +288,3 @@ def load_vae(path: Path, spec: ModelSpec, options: Options) -> VAE | TinyVAE:
     if CONV_IN not in file.entries:  # of a whole model only its autoencoder is taken
         check_leftovers(file, sources.values(), "VAE")
     return fill(module, file, sources, options, "VAE")
-
-
-def _check_latents(path: Path, config: VAEConfig | TinyVAEConfig, spec: ModelSpec) -> None:
-    if config.latent_channels != spec.vae.latent_channels:
-        raise CheckpointError(
-            f"{path}: this autoencoder has {config.latent_channels} latent channels, the model's has {spec.vae.latent_channels}"
-        )

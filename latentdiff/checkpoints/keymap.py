@@ -122,6 +122,7 @@ IGNORABLE: tuple[str, ...] = (
 # Older spellings, mended before anything else looks at the names.
 SINGLE_SYNONYMS: Mapping[str, str] = {
     r"^(cond_stage_model\.transformer)\.(embeddings|encoder|final_layer_norm)\.": r"\1.text_model.\2.",
+    r"^(conditioner\.embedders\.\d\.model\.text_projection)\.weight$": r"\1",  # and turned round, as folders have it
 }
 VAE_SYNONYMS: Mapping[str, str] = {  # folders: the attention before 2023
     r"(mid_block\.attentions\.0)\.query\.": r"\1.to_q.",
@@ -259,7 +260,9 @@ def mended(file: TensorFile, synonyms: Mapping[str, str]) -> TensorFile:
         if first != name and not (file.entries[first] == entry and torch.equal(file.get(first), file.get(name))):
             raise CheckpointError(f"{file.path}: {first!r} and {name!r} mean the same and differ; which counts cannot be told")
     entries = {name: file.entries[old] for name, old in there.items()}
-    return replace(file, entries=entries, get=lambda name: file.get(there[name]))
+    turned = {name for name, old in there.items() if old == f"{name}.weight"}
+    entries |= {name: replace(entries[name], shape=entries[name].shape[::-1]) for name in turned}
+    return replace(file, entries=entries, get=lambda name: file.get(there[name]).T if name in turned else file.get(there[name]))
 
 
 def ema_name(name: str) -> str:

@@ -72,8 +72,8 @@ UNDERSCORED: Mapping[str, tuple[str, ...]] = {
 }
 DOTTED: Mapping[str, tuple[str, ...]] = {
     "unet": ("unet.", "", "base_model.model.", "diffusion_model."),
-    "text 0": ("text_encoder.",),
-    "text 1": ("text_encoder_2.",),
+    "text 0": ("text_encoder.", "base_model.model.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+    "text 1": ("text_encoder_2.", "text_encoders.clip_g.transformer."),
 }
 OLD_NAMES: Mapping[str, str] = {  # diffusers before 2023-09
     r"\.processor\.": ".",
@@ -110,14 +110,19 @@ class Change:
         """The change of a weight of this shape, without DoRA's magnitude; float32."""
         t = {role: tensor.float() for role, tensor in self.tensors.items()}
         if "diff" in t:
-            return t["diff"].reshape(shape)
+            return _laid(t["diff"], shape)
         if "down" in t:
             change = _product(t["up"], t["down"], t.get("mid"))
         elif "hada_w1_a" in t:
             change = _factor(t, "hada_w1", "hada_t1") * _factor(t, "hada_w2", "hada_t2")
         else:
             change = _kronecker(_factor(t, "lokr_w1", ""), _factor(t, "lokr_w2", "lokr_t2"))
-        return (self.strength * change).reshape(shape)
+        return _laid(self.strength * change, shape)
+
+
+def _laid(change: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same numbers as a weight, whose kernel may be flat or of 1×1. Errors: RuntimeError for other outputs or inputs."""
+    return change.reshape(change.shape[:1] + shape[1:]).reshape(shape)
 
 
 def _product(up: Tensor, down: Tensor, mid: Tensor | None) -> Tensor:
@@ -195,17 +200,16 @@ def _targets(networks: Networks) -> dict[str, Target]:
     refiner = "text 1" not in networks and isinstance(unet, UNet) and unet.config.vector_dim is not None  # its tower is the second
     for network, module in networks.items():
         names = [n.removesuffix(".weight") for n in module.state_dict() if n.endswith(".weight")]
-        extra = ("lora_te2_",) if network == "text 0" and refiner else ()
+        called = ("text 0", "text 1") if network == "text 0" and refiner else (network,)
         spelled = {name: name for name in names}
         if isinstance(module, UNet):
             spelled |= {source.name: name for name, source in keymap.unet_sources(names, module.config, prefix="").items()}
         else:  # transformers from 5.0 on leaves the prefix out
             spelled |= {name.removeprefix("text_model."): name for name in names}
         for spelling, name in spelled.items():
-            for prefix in (*UNDERSCORED[network], *extra):
-                targets[prefix + spelling.replace(".", "_")] = (network, name)
-            for prefix in DOTTED[network]:
-                targets[prefix + spelling] = (network, name)
+            for each in called:
+                targets |= {prefix + spelling.replace(".", "_"): (network, name) for prefix in UNDERSCORED[each]}
+                targets |= {prefix + spelling: (network, name) for prefix in DOTTED[each]}
     return targets
 
 
@@ -214,15 +218,13 @@ def _change(file: TensorFile, target: Target, roles: Mapping[str, str], said: Ma
     core = frozenset(tensors) - BESIDE
     if core not in KINDS and set(tensors) != {"bias"}:
         raise CheckpointError(f"{file.path}: the keys {some_names(roles.values())} are no complete change of a weight")
-    if any(not t.isfinite().all() for t in tensors.values()):
+    if any(not t.float().isfinite().all() for t in tensors.values()):
         raise CheckpointError(f"{file.path}: {some_names(roles.values())} hold NaN or infinite numbers")
     if "alpha" in roles:
-        alpha = file.get(roles["alpha"])
+        alpha = file.get(roles["alpha"]).float()
         if alpha.numel() != 1 or not alpha.isfinite().all():
             raise CheckpointError(f"{file.path}: {roles['alpha']} must be one finite number, found {alpha}")
         return Change(tensors, float(alpha))
-    if not said:
-        return Change(tensors)
     return _with_alpha(Change(tensors), target, said)
 
 
@@ -230,7 +232,7 @@ def _peft_config(file: TensorFile) -> dict[str, Any]:
     """What diffusers writes of peft's configuration into the header; peft itself writes it beside the file."""
     beside = file.path.with_name("adapter_config.json")
     if file.path.stem == "adapter_model" and beside.is_file():
-        return {f"unet.{name}": value for name, value in read_json(beside).items()}
+        return {f"{network}.{name}": value for name, value in read_json(beside).items() for network in ("unet", "text_encoder")}
     try:
         said = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError as error:
@@ -244,9 +246,8 @@ def _with_alpha(change: Change, target: Target, said: Mapping[str, Any]) -> Chan
     prefix = {"unet": "unet", "text 0": "text_encoder", "text 1": "text_encoder_2"}[network]
 
     def find(value: Any, patterns: str) -> Any:
-        for pattern, other in (said.get(f"{prefix}.{patterns}") or {}).items():
-            value = other if re.search(rf"(^|\.){pattern}$", name) else value
-        return value
+        found = (said.get(f"{prefix}.{patterns}") or {}).items()
+        return next((other for pattern, other in found if re.search(rf"(^|\.)({pattern})$", name)), value)
 
     alpha = find(said.get(f"{prefix}.lora_alpha", said.get(f"{prefix}.alpha")), "alpha_pattern")  # of LoRA; of LoHa and LoKr
     rank = change.rank or find(said.get(f"{prefix}.r"), "rank_pattern")
@@ -279,11 +280,8 @@ def with_loras(networks: Networks, loras: Sequence[tuple[Lora, float]], *, merge
 
     loras: each with its scale; 0 is none, bit for bit. merge: put the changes into the weights (rounded once, from float32);
     False leaves the weights alone and adds the changes to the layers' outputs: slower, no rounding, little memory.
-    Errors: ValueError for a scale, and for a network whose weights are kept in fewer bits than they are used in.
+    Errors: ValueError for a network whose weights are kept in fewer bits than they are used in.
     """
-    for _, scale in loras:
-        if not math.isfinite(scale):
-            raise ValueError(f"a LoRA's scale must be a finite number, got {scale!r}")
     by_weight: dict[Target, list[tuple[Change, float]]] = {}
     for lora, scale in loras:
         for target, change in lora.changes.items():

@@ -31,8 +31,9 @@ ARCHITECTURES: Mapping[str, str] = {
     "sdxl-instruct": "stable-diffusion-xl-v1-base/instruct-pix2pix",
     "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
 }
-TOWERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-FOLDER = ("model_index.json", "scheduler", "unet", "vae", *TOWERS, "clip")  # what a folder that we write may hold
+# What a folder that we write may hold, and what file managers write into folders that are looked into.
+FOLDER = ("model_index.json", "scheduler", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "clip")
+SEEN = (".DS_Store", "desktop.ini", "Thumbs.db")
 
 
 def save_folder(parts: Parts, path: str | os.PathLike) -> None:
@@ -64,7 +65,9 @@ def check_whole(parts: Parts) -> None:
 
 def check_replaceable(path: Path) -> None:
     """Only a model folder is ever replaced, and none that holds something else, which would be lost."""
-    found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    if path.name in ("", ".."):
+        raise ValueError(f"target {path}: needs the name of a folder, which is written beside it and then renamed")
+    found = sorted(p.name for p in path.iterdir() if p.name not in SEEN) if path.is_dir() else []
     if path.exists() and not (path.is_dir() and ("model_index.json" in found or not found)):
         raise FileExistsError(f"{path}: exists and is no model folder (model_index.json); it is not replaced")
     if others := [name for name in found if name not in FOLDER]:
@@ -108,12 +111,9 @@ def original_tensors(state: Mapping[str, Tensor], sources: Mapping[str, Source])
     shared: dict[str, list[tuple[Source, Tensor]]] = {}
     for name, source in sources.items():
         shared.setdefault(source.name, []).append((source, state[name]))
-    return {name: _joined(found) for name, found in shared.items()}
-
-
-def _joined(found: list[tuple[Source, Tensor]]) -> Tensor:
-    found = sorted(found, key=lambda pair: pair[0].op)  # thirds in their order
-    return found[0][0].original([tensor for _, tensor in found])
+    for found in shared.values():
+        found.sort(key=lambda pair: pair[0].op)  # thirds in their order
+    return {name: found[0][0].original([tensor for _, tensor in found]) for name, found in shared.items()}
 
 
 def metadata(parts: Parts) -> dict[str, str]:

@@ -17,7 +17,7 @@ from latentdiff.checkpoints.lora import twin
 from latentdiff.models.text import TextTower, Tokenizer
 
 SDXL = ("clip_l", "clip_g")  # keys of SDXL's pairs, in the order of its towers
-ONE = re.compile(r"string_to_param\..*|emb_params|\*")  # keys of files with one set of vectors, which do not name the word
+ONE = re.compile(r"string_to_param\..*|emb_params|\*|clip_[lg]")  # keys of files with one set of vectors, which name no word
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,7 @@ def read_inversion(
     file = open_tensors(Path(path), allow_pickle=allow_pickle)
     names = list(file.entries)
     if set(names) == set(SDXL):
-        keys = [n for n, t in zip(SDXL, towers, strict=False)] if len(towers) == 2 else ["clip_g"]
-        own = None
+        keys, own = list(SDXL) if len(towers) == 2 else ["clip_g"], None
     elif len(one := [name for name in names if ONE.fullmatch(name)]) == 1:
         keys, own = one, file.metadata.get("name")
     elif len(names) == 1:

@@ -379,6 +379,15 @@ def test_two_threads_do_not_write_one_path(tmp_path):
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["b"]
 
 
+def test_a_file_is_flushed_by_a_handle_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses to flush through any other."""
+    fcntl, flags = pytest.importorskip("fcntl"), []
+    monkeypatch.setattr(os, "fsync", lambda fd: flags.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE))
+    with replacing(tmp_path / "m") as part:
+        part.touch()
+    assert flags == [os.O_RDWR]
+
+
 def test_a_folder_that_cannot_be_flushed_is_written(tmp_path, monkeypatch):
     def fsync(fd):
         raise OSError(errno.EINVAL, "some network drives")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from latentdiff.checkpoints import configs, detect, families, keymap
 from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, open_tensors, write_safetensors
 from latentdiff.checkpoints.io import load_parts, networks, single_sources
+from latentdiff.checkpoints.report import inspect
 from latentdiff.checkpoints.save import (
     convert,
     follows_from_names,
@@ -228,6 +229,18 @@ def test_text_towers_without_their_middle_name(single, sd15):
     assert torch.equal(load_parts(single).text_encoders[0].text_model.final_layer_norm.bias, norm_bias(sd15))
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sdxl-refiner"])
+def test_a_text_projection_under_the_folders_name_lies_as_in_folders(folder, tmp_path, name):
+    """So it stands in SDXL files that diffusers' script of 2023 wrote from folders."""
+    parts = load_parts(folder(name))
+    tensors, prefix = single_tensors(parts), keymap.TEXT_LAYOUTS[keymap.text_layout(parts.spec)][-1][0]
+    tensors[f"{prefix}text_projection.weight"] = tensors.pop(f"{prefix}text_projection").T.contiguous()
+    write_safetensors(tmp_path / "m.safetensors", tensors, metadata(parts))
+    assert not inspect(tmp_path / "m.safetensors").missing
+    ours, theirs = load_parts(tmp_path / "m.safetensors").text_encoders[-1], parts.text_encoders[-1]
+    assert torch.equal(ours.state_dict()["text_projection.weight"], theirs.state_dict()["text_projection.weight"])
+
+
 def norm_bias(parts):
     return parts.text_encoders[0].text_model.final_layer_norm.bias
 
@@ -305,7 +318,10 @@ def test_ckpt_only_with_the_switch(single, sd15):
     [
         ({"prediction": "epsilon"}, "prediction must be eps, v or x0, got 'epsilon'"),
         ({"dtype": torch.int8}, "dtype must be one of .*, got torch.int8"),
-        ({"path": ""}, "path is empty"),
+        ({"path": ""}, r"path must be a file, a folder or a hub id \(owner/name\), got ''"),
+        ({"path": 5}, "path must be a file, .* got 5"),
+        ({"path": ["a"]}, r"path must be a file, .* got \['a'\]"),
+        ({"path": __file__, "vae": 5}, "vae must be a file, .* got 5"),
         ({"path": "no/such/thing"}, "no/such/thing: there is no such file or folder"),
         ({"path": "model.safetensors"}, "model.safetensors: there is no such file or folder"),
     ],

@@ -11,7 +11,7 @@ from latentdiff.checkpoints import keymap
 from latentdiff.checkpoints.files import open_tensors, write_safetensors
 from latentdiff.checkpoints.io import load_parts
 from latentdiff.checkpoints.report import inspect
-from latentdiff.checkpoints.save import convert, save_folder, save_single, single_tensors
+from latentdiff.checkpoints.save import check_replaceable, convert, save_folder, save_single, single_tensors
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_models_are_not_written_as_pickles(folder, tmp_path):
 
 TARGETS = {
     "photos": (["cat.png"], "photos: exists and is no model folder"),
+    "seen": ([".DS_Store", "cat.png"], "seen: exists and is no model folder"),
     "mine": (["model_index.json", "unet/x", "v1.safetensors"], r"mine: holds 'v1\.safetensors' beside a model"),
     "x.safetensors": (["y"], r"x\.safetensors: is a folder; a name that ends in \.safetensors is for one file"),
 }
@@ -78,6 +79,24 @@ def test_a_target_that_would_be_lost_is_refused_before_anything_is_read(tmp_path
         with pytest.raises(FileExistsError, match=message):
             save_folder(SimpleNamespace(spec=None), tmp_path / name)  # type: ignore[arg-type]
     assert all((tmp_path / name / file).exists() for file in files)
+
+
+def test_what_a_file_manager_left_is_in_nobodys_way(folder, tmp_path):
+    """macOS's Finder and Windows' Explorer write files of their own into every folder that somebody looks into."""
+    for seen in ("empty", "m"):
+        (tmp_path / seen).mkdir()
+        (tmp_path / seen / ".DS_Store").touch()
+    for name in ("model_index.json", "desktop.ini", "Thumbs.db"):
+        (tmp_path / "m" / name).touch()
+    for seen in ("empty", "m"):
+        check_replaceable(tmp_path / seen)
+
+
+@pytest.mark.parametrize("target", ["", ".", ".."])
+def test_a_folder_without_a_name_is_refused_before_anything_is_read(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"target \.+: needs the name of a folder"):
+        convert(tmp_path / "there is no such source", target)
 
 
 def test_a_full_disk_leaves_what_was_there(folder, tmp_path, monkeypatch):
@@ -164,6 +183,9 @@ def test_inspect_other_files(tmp_path):
         report = inspect(tmp_path / "x.safetensors")
         assert report.kind == kind
         assert f"x.safetensors: {kind}" in str(report)
+    for name in ("x.lora_A.default.weight", "x.diff", "x.lokr_w2", "x.w_norm", "x.hada_w1_b"):
+        write_safetensors(tmp_path / "x.safetensors", {name: torch.ones(2)})
+        assert inspect(tmp_path / "x.safetensors").kind == "LoRA"
     for name, shape in (("<toy>", (768,)), ("<toy>", (4, 1024)), ("emb_params", (2, 32))):
         write_safetensors(tmp_path / "x.safetensors", {name: torch.ones(shape)})
         assert inspect(tmp_path / "x.safetensors").kind == "textual inversion"

@@ -43,8 +43,9 @@ def test_diffusers(sd15, tmp_path, vectors):
     assert read_inversion(tmp_path / "x.safetensors", sd15.text_encoders, word="bear").tokens[0] == "bear"
 
 
-def test_a1111_safetensors_takes_the_files_name(sd15, tmp_path):
-    write_safetensors(tmp_path / "easynegative.safetensors", {"emb_params": VECTORS})
+@pytest.mark.parametrize("key", ["emb_params", "clip_l"])
+def test_a_file_without_a_word_is_called_by_its_name(sd15, tmp_path, key):
+    write_safetensors(tmp_path / "easynegative.safetensors", {key: VECTORS})
     assert read_inversion(tmp_path / "easynegative.safetensors", sd15.text_encoders).word == "easynegative"
 
 
