@@ -7,6 +7,7 @@ trainers are.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -45,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"latentdiff: {message}", file=sys.stderr)
     try:
         code = app([token for token in given if token != "--debug"])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads our lines, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         if debug or not is_expected(error):
             raise

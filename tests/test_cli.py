@@ -185,6 +185,16 @@ def test_the_help_of_every_command_is_there_without_torch():
         assert text in out
 
 
+def test_a_reader_who_has_seen_enough_is_no_error():
+    """As in `latentdiff samplers | head -1`."""
+    program = subprocess.Popen([sys.executable, "-m", "latentdiff.cli", "samplers"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout is not None
+    program.stdout.close()
+    assert program.stderr is not None
+    assert program.stderr.read() == b""
+    assert program.wait() == 141
+
+
 @pytest.mark.parametrize("network", ["vae", "clip", "unet"])
 def test_trainers_take_their_options_from_their_configuration(network, capsys):
     pytest.importorskip("accelerate")

@@ -36,11 +36,12 @@ from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.checkpoint import digest
 from latentdiff.training.clip import token_ids
-from latentdiff.training.data import PictureSource, open_source, order, pictures_at
+from latentdiff.training.data import FileSource, PictureSource, open_source, order, pictures_at
 from latentdiff.training.drawings import ComposeConfig
 from latentdiff.training.loop import LoopConfig, autocast, check_run, differences, fit, near, once, plain, processes
 from latentdiff.training.vae import to_float
 
+DRAWINGS = 40_000  # pictures composed of them
 SHARD = 1000  # pictures a file of latents
 LOADED = 50  # pictures a batch that a worker loads ahead of them
 RIDGE = 0.03  # of the mean variance of the text's states: directions that vary less than that are not made to vary as the others do
@@ -64,8 +65,8 @@ class UNetTraining(LoopConfig):
     """Model folder that holds `text_encoder/` and `tokenizer/` (and `clip/`), such as `train clip` writes."""
     compose: ComposeConfig = field(default_factory=ComposeConfig)
     """How drawings are composed (only for a drawing dataset)."""
-    pictures: int = 40_000
-    """Pictures whose latents are computed, once, before training."""
+    pictures: int | None = None
+    """Pictures whose latents are computed, once, before training: all of a folder or tar, 40,000 composed drawings, unless told."""
     size: int = 128
     """Side of the pictures, in pixels."""
     widths: tuple[int, ...] = (96, 160, 192)
@@ -96,7 +97,7 @@ class UNetTraining(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "pictures", "layers", "head_width", "groups")
+        self.at_least(1, "layers", "head_width", "groups", *(["pictures"] if self.pictures is not None else []))
         if len(self.attention) != len(self.widths):
             raise ValueError(f"attention must have one entry a width ({len(self.widths)}), got {self.attention!r}")
         for name in ("head_width", "groups"):
@@ -159,6 +160,8 @@ def train_unet(config: UNetTraining) -> UNet:
     spec = model_spec(config, vae, tower)
     unet = begin(config, spec)
     source = open_source(config.data, size=config.size, compose=config.compose)
+    if config.pictures is None:
+        config = replace(config, pictures=len(source) if isinstance(source, FileSource) else DRAWINGS)
     made_from = origin(config, vae, source)
     meta = {"network": "unet", "sizes": repr(spec.unet), "prediction": config.prediction, "schedule": config.schedule, **made_from}
     meta["text"], meta["ridge"] = digest(tower.state_dict()), RIDGE
@@ -299,12 +302,13 @@ def encode_pictures(vae: VAE, source: PictureSource, config: UNetTraining, made_
 
     Errors: ValueError if the shards there were made from something else.
     """
-    state, folder = processes(), config.out / "latents"
+    assert config.pictures is not None
+    state, folder, positions = processes(), config.out / "latents", range(config.pictures)
     note = folder / "made_from.json"
     once(lambda: None if note.is_file() else write_json(note, made_from))
     if other := differences(read_json(note), made_from):
         raise ValueError(f"out: {folder} was made from something else ({other}); remove it, or choose a new folder")
-    shards = {folder / f"{k // SHARD:05d}": range(config.pictures)[k : k + SHARD] for k in range(0, config.pictures, SHARD)}
+    shards = {folder / f"{k // SHARD:05d}": positions[k : k + SHARD] for k in positions[::SHARD]}
     mine = list(shards)[state.process_index :: state.num_processes]
     todo = [path for path in mine if not path.with_suffix(".txt").exists()]
     few = {path: [shards[path][i : i + LOADED] for i in range(0, len(shards[path]), LOADED)] for path in todo}

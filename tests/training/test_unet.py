@@ -317,6 +317,29 @@ def test_overfits_four_latents(config: UNetTraining) -> None:
     assert sum(losses[-20:]) / 20 < 0.65 * sum(losses[:5]) / 5
 
 
+def test_a_folder_is_encoded_once_unless_told_otherwise(config: UNetTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Enough(Exception):
+        pass
+
+    def counted(vae: Any, source: Any, config: UNetTraining, *_: Any) -> trainer.Latents:
+        asked.append((config.pictures, len(source)))
+        raise Enough
+
+    asked: list[tuple[int | None, int]] = []
+    monkeypatch.setattr(trainer, "encode_pictures", counted)
+    for pictures in (None, 7):
+        with pytest.raises(Enough):
+            train_unet(changed(config, pictures=pictures, out=config.out / str(pictures)))
+    files = asked[0][1]
+    assert files > 1
+    assert asked == [(files, files), (7, files)]
+    drawings = type("Drawings", (), {"fingerprint": lambda self: "theirs", "__len__": lambda self: 3})()
+    monkeypatch.setattr(trainer, "open_source", lambda *_, **__: drawings)
+    with pytest.raises(Enough):
+        train_unet(changed(config, pictures=None, out=config.out / "drawings"))
+    assert asked[-1] == (trainer.DRAWINGS, 3)
+
+
 def test_ends_with_a_model_that_loads_and_draws(runs: Any, config: UNetTraining) -> None:
     trained = train_unet(config)
     parts = load_parts(config.out / "model")
