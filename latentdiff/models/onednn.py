@@ -72,7 +72,16 @@ def multiplies_int8(dtype: torch.dtype) -> bool:
     results of this dtype. Older CPUs add pairs in 16 bits, which overflow."""
     has_own = has("avx512_vnni", "_is_vnni_supported") or has("avx_vnni", "_is_vnni_supported")
     products = (getattr(torch.ops.onednn, name, None) for name in ("qlinear_pointwise", "qconv2d_pointwise"))
-    return has_own and has_operators(dtype) and all(p is not None and "tensor" in p.overloads() for p in products)
+    there = has_own and has_operators(dtype) and all(p is not None and "tensor" in p.overloads() for p in products)
+    return there and adds_in_32_bits(dtype)
+
+
+def adds_in_32_bits(dtype: torch.dtype) -> bool:
+    """Whether the largest numbers add up: not where oneDNN is told to work as on an older CPU (`ONEDNN_MAX_CPU_ISA`)."""
+    x, weight, one = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((1, 64), 127, dtype=torch.int8), torch.ones(1)
+    zero = torch.zeros(1, dtype=torch.int32)
+    y = product_int8((x, one, zero), (packed_int8(weight, one, None), one, zero), None, None, dtype)
+    return abs(y.item() / (64 * 255 * 127) - 1) < 0.01
 
 
 def has(ability: str, older: str) -> bool:
