@@ -8,6 +8,7 @@ trainers are.
 from __future__ import annotations
 
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -46,18 +47,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"latentdiff: {message}", file=sys.stderr)
     try:
         code = app([token for token in given if token != "--debug"])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads our lines, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and no_more_is_read():
+            sys.exit(141)
         if debug or not is_expected(error):
             raise
         print(f"latentdiff: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def no_more_is_read() -> bool:
+    """Whether who reads our lines, such as `head`, has seen enough (not known on Windows); then nothing more is written."""
+    if not hasattr(select, "poll"):
+        return False
+    lines = select.poll()
+    lines.register(sys.stdout.fileno(), 0)
+    ended = any(event & (select.POLLERR | select.POLLHUP) for _, event in lines.poll(0))
+    if ended:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ended
 
 
 def is_expected(error: Exception) -> bool:

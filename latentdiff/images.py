@@ -142,17 +142,20 @@ def check_files(targets: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
     there = [path for path in inputs if path.exists()]
     for target in targets:
         check_suffix(target)
-        check_folder(target.parent)
         if target.is_dir():
             raise ValueError(f"path must be a file, got {str(target)!r}, which is a folder")
+        if not target.exists():
+            check_folder(target.parent)
+        elif not os.access(target, os.W_OK):
+            raise ValueError(f"path must be a file that can be written to, got {str(target)!r}")
         if target.exists() and any(target.samefile(path) for path in there):
             raise ValueError(f"path must be another file than those that are read, got {str(target)!r}")
 
 
 def check_folder(folder: Path) -> None:
     """Errors: ValueError for a folder that can neither be written to nor, where it is not there, be made."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+    there = next((path for path in (folder, *folder.parents) if path.exists()), None)  # None: on a drive that is not there
+    if there is None or not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise ValueError(f"path must be in a folder that can be written to, got {str(folder)!r}")
 
 

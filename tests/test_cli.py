@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import subprocess
 import sys
 import tomllib
@@ -185,9 +186,20 @@ def test_the_help_of_every_command_is_there_without_torch():
         assert text in out
 
 
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="Windows")
 def test_a_reader_who_has_seen_enough_is_no_error():
-    """As in `latentdiff samplers | head -1`."""
-    program = subprocess.Popen([sys.executable, "-m", "latentdiff.cli", "samplers"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """As in `latentdiff samplers | head -1`, with Python's buffer and without."""
+    for buffered in ("", "1"):
+        end_early({**os.environ, "PYTHONUNBUFFERED": buffered})
+
+
+def end_early(env):
+    program = subprocess.Popen(
+        [sys.executable, "-m", "latentdiff.cli", "samplers"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+    )
     assert program.stdout is not None
     program.stdout.close()
     assert program.stderr is not None

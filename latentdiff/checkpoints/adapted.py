@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from numbers import Real
 from typing import TypeAlias, TypeVar
 
 from latentdiff.checkpoints.io import Parts
@@ -56,11 +55,18 @@ def pairs(name: str, files: Files[T], default: T) -> list[tuple[Path, T]]:
             raise IsADirectoryError(f"{name}: {file} is a folder; name the file in it")
         if not os.path.isfile(file):
             raise FileNotFoundError(f"{name}: {file}: there is no such file")
-        if name == "lora" and not (isinstance(value, Real) and math.isfinite(value)):
+        if name == "lora" and not is_finite(value):
             raise ValueError(f"lora: the scale of {file} must be a finite number, got {value!r}")
         if name == "embeddings" and not isinstance(value, str | None):
             raise ValueError(f"embeddings: the word of {file} must be text, got {value!r}")
     return found
+
+
+def is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        return False
 
 
 def scaled(text: str) -> tuple[str, float]:

@@ -61,7 +61,7 @@ def has_float8(device: torch.device) -> bool:
 @cache
 def pretends() -> bool:
     """Whether torch knows scales of rows on a CPU: 2.10 does not."""
-    ones = torch.ones(16, 16)
+    ones = torch.ones(16, 16, dtype=torch.float32, device="cpu")
     try:
         product(*to_float8(ones), *to_float8(ones))
     except RuntimeError:

@@ -78,8 +78,9 @@ def multiplies_int8(dtype: torch.dtype) -> bool:
 
 def adds_in_32_bits(dtype: torch.dtype) -> bool:
     """Whether the largest numbers add up: not where oneDNN is told to work as on an older CPU (`ONEDNN_MAX_CPU_ISA`)."""
-    x, weight, one = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((1, 64), 127, dtype=torch.int8), torch.ones(1)
-    zero = torch.zeros(1, dtype=torch.int32)
+    with torch.device("cpu"):
+        x, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((1, 64), 127, dtype=torch.int8)
+        one, zero = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.int32)
     y = product_int8((x, one, zero), (packed_int8(weight, one, None), one, zero), None, None, dtype)
     return abs(y.item() / (64 * 255 * 127) - 1) < 0.01
 

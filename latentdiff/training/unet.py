@@ -66,7 +66,8 @@ class UNetTraining(LoopConfig):
     compose: ComposeConfig = field(default_factory=ComposeConfig)
     """How drawings are composed (only for a drawing dataset)."""
     pictures: int | None = None
-    """Pictures whose latents are computed, once, before training: all of a folder or tar, 40,000 composed drawings, unless told."""
+    """Pictures whose latents are computed, once, before training. Unless told: all of a folder or tar (as often as they have
+    captions each, every time with one of them), or 40,000 composed drawings."""
     size: int = 128
     """Side of the pictures, in pixels."""
     widths: tuple[int, ...] = (96, 160, 192)
@@ -161,7 +162,7 @@ def train_unet(config: UNetTraining) -> UNet:
     unet = begin(config, spec)
     source = open_source(config.data, size=config.size, compose=config.compose)
     if config.pictures is None:
-        config = replace(config, pictures=len(source) if isinstance(source, FileSource) else DRAWINGS)
+        config = replace(config, pictures=source.captions() if isinstance(source, FileSource) else DRAWINGS)
     made_from = origin(config, vae, source)
     meta = {"network": "unet", "sizes": repr(spec.unet), "prediction": config.prediction, "schedule": config.schedule, **made_from}
     meta["text"], meta["ridge"] = digest(tower.state_dict()), RIDGE

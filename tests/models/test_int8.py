@@ -241,6 +241,18 @@ def test_which_cpus_can(monkeypatch, ability, expected):
 
 
 @able
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_trial_heeds_no_default(dtype):
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device("meta")
+        assert onednn.adds_in_32_bits(torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@able
 def test_its_weights_count_where_small_networks_are_told_from_large_ones(monkeypatch):
     unet = UNet(CONFIG)
     weights = sum(w.numel() for w in unet.parameters())

@@ -333,6 +333,14 @@ def test_a_folder_is_encoded_once_unless_told_otherwise(config: UNetTraining, mo
     files = asked[0][1]
     assert files > 1
     assert asked == [(files, files), (7, files)]
+    several = config.out / "several"
+    shutil.copytree(config.data, several)
+    for text in [*several.glob("*.txt")][: files // 2]:
+        text.with_suffix(".json").write_text('["one", "two", "three"]')
+        text.unlink()
+    with pytest.raises(Enough):
+        train_unet(changed(config, pictures=None, data=several, out=config.out / "more"))
+    assert asked[-1] == (2 * files, files)
     drawings = type("Drawings", (), {"fingerprint": lambda self: "theirs", "__len__": lambda self: 3})()
     monkeypatch.setattr(trainer, "open_source", lambda *_, **__: drawings)
     with pytest.raises(Enough):
