@@ -49,4 +49,4 @@ def adapt(
         join_attentions(made.unet)
     text = replace(pipe.text, towers=made.text_encoders, tokenizers=made.tokenizers, spec=made.spec)
     runs = Cached(made.unet, cached.every) if cached else network(made.unet, compile)
-    return replace(pipe, unet=made.unet, text=text, spec=made.spec, network=runs)
+    return replace(pipe, unet=made.unet, text=text, spec=made.spec, network=runs, title=made.title)

@@ -206,8 +206,8 @@ def generate(
         "batch": batch,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    if recipe is not None:
-        options = recalled(recipe, pictured=False) | options
+    known, marks = ({}, {}) if recipe is None else recalled(recipe, pictured=False)
+    options = known | options
     if "prompt" not in options:
         raise ValueError('prompts must be at least one text, such as latentdiff generate "a cat", got none')
     check_grid(out, grid, labels, columns)
@@ -229,6 +229,7 @@ def generate(
 
         options |= {} if handoff is None else {"handoff": handoff}
         images = refine(pipe, load(refiner, vae=vae, **common), options.pop("prompt"), **options, progress=not quiet)
+    tell_of_others(marks, images[0])
     if grid:
         write_grid(images, out, columns, labels)
     for path, image in [] if grid else zip(images.save(out), images, strict=True):
@@ -321,7 +322,7 @@ def edit(
     quiet
         No progress bar.
     """
-    known: dict[str, Any] = {} if recipe is None else recalled(recipe, pictured=True)
+    known, marks = ({}, {}) if recipe is None else recalled(recipe, pictured=True)
     prompt, old = known.pop("prompt", None), known.pop("source", None)
     to, source = prompt if to is None else to, old if source is None else source
     both = {"strength": strength, "mask": mask, "blur": blur, "negative": negative, "guidance": guidance, "steps": steps}
@@ -359,6 +360,7 @@ def edit(
         images = pipe(to, image=before, **options, progress=not quiet)
     else:
         images = pipe.edit(before, source=source, target=to, **options, progress=not quiet)
+    tell_of_others(marks, images[0])
     for path, image in zip(images.save(out), images, strict=True):
         print(f"{path}  seed {recipe_of(image)['seed']}")
     if sheet is not None:
@@ -513,8 +515,9 @@ def read_prompts(path: Path | None) -> list[str]:
         return []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"prompts-file must be a text file in UTF-8, got {path}") from None
+    except (UnicodeDecodeError, OSError) as error:
+        why = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        raise ValueError(f"prompts-file must be a text file in UTF-8, got {path}{why}") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise ValueError(f"prompts-file must hold at least one prompt, one a line, got {path}, which is empty")
@@ -530,8 +533,8 @@ def sides(size: str) -> int | tuple[int, int]:
         raise ValueError(f"size must be a side or WIDTHxHEIGHT in pixels, such as 512 or 512x768, got {size!r}") from None
 
 
-def recalled(path: Path, *, pictured: bool) -> dict[str, Any]:
-    """The recipe of a PNG, pictured: one made from a picture. What it says beyond is shown, since it will not be followed."""
+def recalled(path: Path, *, pictured: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The recipe of a PNG, pictured: one made from a picture; and what it says beyond, which is shown, since it is not followed."""
     from latentdiff.images import PHOTO, read_parameters
 
     recipe, others = read_parameters(path)
@@ -540,7 +543,18 @@ def recalled(path: Path, *, pictured: bool) -> dict[str, Any]:
         raise ValueError(f"recipe must be one for this command, got {path}, made from {made_from}: latentdiff {command} --recipe")
     made_by = ", ".join(f"{name}: {value}" for name, value in others.items())
     print(f"latentdiff: recipe of {path}{f' ({made_by})' if made_by else ''}", file=sys.stderr)
-    return recipe
+    return recipe, others
+
+
+def tell_of_others(marks: dict[str, str], image: Any) -> None:
+    """Where a recipe is of another model, picture or mask than `image` is: it is then another picture."""
+    from latentdiff.images import PHOTO, parse_parameters
+
+    made = parse_parameters(image.info["parameters"])[1]
+    for name in ("Model", "Refiner", PHOTO, "Mask"):
+        if marks and marks.get(name) != made.get(name):
+            was, now = (found.get(name, "none") for found in (marks, made))
+            print(f"latentdiff: the recipe's {name} is {was}, here it is {now}: another picture", file=sys.stderr)
 
 
 def recipe_of(image: Any) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def load(
         vae=vae,
         ema=ema,
     )
-    parts = adapted(parts, lora=lora, embeddings=embeddings, allow_pickle=allow_pickle)
     parts = parts if path else replace(parts, title="embedded")
+    parts = adapted(parts, lora=lora, embeddings=embeddings, allow_pickle=allow_pickle)
     return ready(parts, place, kind, compile=compile, float8=float8, int8=int8, weights=weights, cache=cache)
 
 

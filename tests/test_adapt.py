@@ -40,6 +40,7 @@ def test_loras_make_another_pipeline(tiny_pipe, tmp_path):
     before, path = picture(tiny_pipe), lora(tiny_pipe, tmp_path / "l.safetensors")
     on = adapt(tiny_pipe, lora={path: 0.8})
     assert picture(on) != before
+    assert on.title == f"{tiny_pipe.title} + l:0.8"  # pictures tell of it
     assert picture(tiny_pipe) == before
     assert picture(adapt(tiny_pipe, lora={path: 0.0})) == before
     assert picture(adapt(tiny_pipe, lora=str(path))) == picture(adapt(tiny_pipe, lora=[path]))

@@ -89,6 +89,18 @@ def test_a_recipe_makes_the_picture_again(run):
     assert I.read_recipe("c.png") == I.read_recipe("a-2.png") | {"size": (16, 16)}
 
 
+def test_a_recipe_of_another_model_is_told_of(run):
+    run("generate", "a cat", "-o", "a.png", "--steps", 1, "--seed", 1, "--size", 16, "-q")
+    with Image.open("a.png") as image:
+        image.info["parameters"] = image.info["parameters"].replace("Model: tiny", "Model: tiny + flat:0.8")
+        I.save_image(image, Path("b.png"))
+    code, _, err = run("generate", "--recipe", "b.png", "-o", "c.png", "-q")
+    assert code == 0
+    assert err.endswith("latentdiff: the recipe's Model is tiny + flat:0.8, here it is tiny: another picture\n")
+    _, _, err = run("generate", "--recipe", "a.png", "-o", "c.png", "-q")
+    assert "another picture" not in err
+
+
 def test_nothing_that_is_read_is_replaced_and_nothing_that_nobody_named(run, tmp_path):
     asked = ("generate", "a cat", "--steps", 1, "--seed", 7, "-q")
     assert [run(*asked)[1].split()[0] for _ in range(2)] == ["a-cat-7.png", "a-cat-7-2.png"]

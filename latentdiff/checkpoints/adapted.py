@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import PurePath
 from typing import TypeAlias, TypeVar
 
 from latentdiff.checkpoints.io import Parts
@@ -38,7 +39,8 @@ def adapted(
     assert isinstance(unet, UNet)
     towers = tuple(tower for tower in made.values() if isinstance(tower, TextTower))
     spec = replace(parts.spec, towers=tuple(tower.spec for tower in towers))
-    return replace(parts, spec=spec, unet=unet, text_encoders=towers, tokenizers=tokenizers)
+    title = " + ".join([parts.title, *(f"{PurePath(file).stem}:{value}" for file, value in [*scales, *named] if value is not None)])
+    return replace(parts, spec=spec, unet=unet, text_encoders=towers, tokenizers=tokenizers, title=title)
 
 
 def pairs(name: str, files: Files[T], default: T) -> list[tuple[Path, T]]:

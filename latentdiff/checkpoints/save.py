@@ -173,5 +173,7 @@ def convert(
         check_replaceable(target)
     elif target.is_dir():
         raise FileExistsError(f"{target}: is a folder; a name that ends in .safetensors is for one file")
+    elif target.exists() and os.path.exists(source) and os.path.samefile(source, target):
+        raise ValueError(f"target must be another file than source, got {target}")
     parts = load_parts(source, dtype=dtype, ema=ema, prediction=prediction, allow_pickle=allow_pickle, variant=variant)
     (save_single if single else save_folder)(parts, target)

@@ -65,7 +65,7 @@ class FileSource:
         """Pictures in a folder and in the folders in it."""
         root = Path(path)
         if not root.is_dir():
-            raise FileNotFoundError(f"{root} is not a folder")
+            raise FileNotFoundError(f"data must be a folder or an uncompressed .tar, got {root}")
         files = {p.relative_to(root).as_posix(): (p, 0, p.stat().st_size) for p in sorted(root.rglob("*")) if p.is_file()}
         return cls(_pairs(files, root), size, where=str(root), max_bad=max_bad)
 

@@ -57,6 +57,9 @@ def test_models_are_not_written_as_pickles(folder, tmp_path):
     with pytest.raises(ValueError, match=r"target .*m\.ckpt: models are written as a \.safetensors file or as a folder"):
         convert(folder("sd15"), tmp_path / "m.ckpt")
     assert not list(tmp_path.iterdir())
+    (one := tmp_path / "one.safetensors").touch()
+    with pytest.raises(ValueError, match="target must be another file than source"):
+        convert(one, tmp_path / "." / "one.safetensors", dtype=torch.bfloat16)
 
 
 TARGETS = {

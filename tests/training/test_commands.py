@@ -71,7 +71,7 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], network: 
         (["--steps", "many"], "steps"),
         (["--compose.everyday", "2"], "everyday is 2.0, must be a share from 0 to 1"),
         (["--stepz", "3"], "stepz"),
-        (["--data", "nowhere"], "nowhere is not a folder"),
+        (["--data", "nowhere"], "data must be a folder or an uncompressed .tar, got nowhere"),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(

@@ -497,7 +497,7 @@ def test_nothing_to_train_on(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no picture \(.png, .jpg"):
         FileSource.folder(tmp_path / "empty", 8)
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(FileNotFoundError, match="data must be a folder"):
         FileSource.folder(tmp_path / "missing", 8)
     with pytest.raises(FileNotFoundError):
         FileSource.tar(tmp_path / "missing.tar", 8)
