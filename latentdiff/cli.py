@@ -547,14 +547,14 @@ def recalled(path: Path, *, pictured: bool) -> tuple[dict[str, Any], dict[str, s
 
 
 def tell_of_others(marks: dict[str, str], image: Any) -> None:
-    """Where a recipe is of another model, picture or mask than `image` is: it is then another picture."""
+    """Where a recipe is of another model, picture or mask than `image` is: it may then be another picture."""
     from latentdiff.images import PHOTO, parse_parameters
 
     made = parse_parameters(image.info["parameters"])[1]
     for name in ("Model", "Refiner", PHOTO, "Mask"):
         if marks and marks.get(name) != made.get(name):
             was, now = (found.get(name, "none") for found in (marks, made))
-            print(f"latentdiff: the recipe's {name} is {was}, here it is {now}: another picture", file=sys.stderr)
+            print(f"latentdiff: the recipe's {name} is {was}, here it is {now}: maybe another picture", file=sys.stderr)
 
 
 def recipe_of(image: Any) -> dict[str, Any]:

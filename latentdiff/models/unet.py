@@ -72,7 +72,9 @@ def sinusoids(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
 
 def rows_of(context: Tensor | list[KeysValues]) -> int:
     """How many prompts there are, as embeddings or as keys and values."""
-    return len(context if isinstance(context, Tensor) else context[0][0])
+    if isinstance(context, Tensor):
+        return len(context)
+    return len(context[0][0]) if context else 0
 
 
 def side_by_side(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:

@@ -388,6 +388,8 @@ def test_init_for_training_starts_at_zero_and_learns_everywhere():
         ("t", torch.zeros(2, 7), r"t has shape \[2, 7\]: needs \[2\], one time for each of x, or \[2, 1376\]"),
         ("context", torch.zeros(2, 7, 23), r"context has shape \[2, 7, 23\]: needs \[batch, tokens, 24\]"),
         ("context", torch.zeros(1, 7, 24), "context has batch 1: needs 2"),
+        ("context", torch.zeros(3, 7, 24), "context has batch 3: needs 2, as x has, or a multiple of it"),
+        ("context", [], "context has 0 entries"),
         ("context", [(torch.zeros(2, 4, 7, 16),) * 2], "context has 1 entries: needs 70"),
         ("vector", None, r"vector has shape None: needs shape \[2, 64\]"),
         ("vector", torch.zeros(2, 63), r"vector has shape \[2, 63\]: needs shape \[2, 64\]"),
