@@ -50,7 +50,7 @@ class Conv2d(nn.Conv2d):
 
     def on_gpu(self, x: Float[Tensor, "b c h w"], bias: Tensor | None) -> Float[Tensor, "b out h2 w2"]:
         """torch adds a bias in a pass of its own, which is slow; with 1×1 weights, it is a part of the matrix product."""
-        if (self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1):
+        if self.is_linear():
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), bias).permute(0, 3, 1, 2)
         y = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
         if bias is None:
@@ -82,11 +82,23 @@ class Conv2d(nn.Conv2d):
             return product(x, self.weight, bias, other)
         where = self.padding, self.stride, self.dilation, self.groups
         light = self.weight.numel() <= self.light and positions <= self.packs and not self.weight.is_inference()
+        if self.is_linear() and x.dtype == torch.bfloat16:  # with the same bits, without the 5 us that a convolution begins with
+            weight = self.ordered_linear(positions) if light else self.weight.flatten(1)
+            add = None if other is None else other.permute(0, 2, 3, 1)
+            return onednn.linear(x.permute(0, 2, 3, 1), weight, bias, add=add).permute(0, 3, 1, 2)
         return onednn.convolution(x, self.ordered(x.shape, *where) if light else self.weight, bias, *where, add=other)
+
+    def is_linear(self) -> bool:
+        """Whether each position's outputs are of its own inputs alone."""
+        return (self.kernel_size, self.stride, self.padding, self.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
     def ordered(self, shape: torch.Size, *where: object) -> Tensor:
         """The weights in the kernel's order."""
         return self.kept(shape, lambda weight: onednn.ordered(weight, shape, *where))
+
+    def ordered_linear(self, rows: int) -> Tensor:
+        """The same for inputs of so many rows, of a convolution that `is_linear`."""
+        return self.kept(rows, lambda weight: onednn.ordered_linear(weight.flatten(1), rows))
 
     def kept(self, key: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What `make` makes of the weights, for the last four keys, or the last one of weights that are not light; anew if they

@@ -112,7 +112,9 @@ class Calls(TorchDispatchMode):
         bits."""
         linear, aten = torch.ops.mkldnn._linear_pointwise, torch.ops.aten
         place = {aten.mm.default: 1, aten.linear.default: 1, linear.default: 1, linear.binary: 2}.get(operation)
-        if place is None or not self.is_weight(args[place]) or not onednn.takes(args[0]) or args[place].numel() > Conv2d.light:
+        if place is None or not self.is_weight(args[place]) or not onednn.takes(args[0]):
+            return operation, args
+        if args[place].is_mkldnn or args[place].numel() > Conv2d.light:  # in that order already, or not to be kept twice
             return operation, args
         if operation is aten.mm.default:
             operation, args = linear.default, (args[0], args[1].t(), None, "none", [], "")

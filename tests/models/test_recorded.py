@@ -85,8 +85,9 @@ def test_weights_of_products_lie_in_their_kernels_order(monkeypatch):
     x, t, prompt, vector = inputs(unet)
     with Calls([x, t, *[part for pair in prompt for part in pair], vector]) as calls:
         unet(x, t, prompt, vector)
+    pointwise = [m for m in unet.modules() if isinstance(m, Conv2d) and m.is_linear()]
     # Of each block: queries, keys, values and what they find; queries and what they find in the prompt; values, gates, their end.
-    assert len(ordered) == 9 * unet.cross_attentions
+    assert len(ordered) == 9 * unet.cross_attentions + len(pointwise)
     constants = [*map(id, calls.constants.values())]
     assert all(weight.is_mkldnn and id(weight) in constants for weight in ordered)
     for layer in [m for m in unet.modules() if isinstance(m, Attention) and not m.cross]:
