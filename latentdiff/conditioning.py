@@ -30,7 +30,7 @@ class Cond:
     """The conditions of a batch, one entry a picture: the prompt as the U-Net takes it, and SDXL's vector.
 
     `context` is the embedding [b, n, d], or what `UNet.project_context` made of it: keys and values [b, h, n, e] of each attention.
-    `shifts` is what `UNet.embed_grid` made of the times of a run, for these pictures: time -> [b, s]. `of`: what it was made of.
+    `shifts` is what `UNet.embed_grid` made of the times of a run, for these pictures: level -> [b, s]. `of`: what it was made of.
     """
 
     context: Float[Tensor, "b n d"] | list[tuple[Tensor, Tensor]]
@@ -64,11 +64,14 @@ class Cond:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         return self._like([tensor.to(device=device, dtype=dtype) for tensor in self._tensors()])
 
-    def project(self, unet: UNet, times: Sequence[float] = ()) -> Cond:
-        """With keys and values in the place of the embedding, which are the same at every step, and all these times embedded."""
+    def project(self, unet: UNet, times: Mapping[float, float] | None = None) -> Cond:
+        """With keys and values in the place of the embedding, which are the same at every step, and the times of all levels of a
+        run (level -> time) embedded."""
         if not isinstance(self.context, Tensor):
             return self
-        shifts = unet.embed_grid(times, self.vector, len(self), self.context)
+        times = times or {}
+        grid = unet.embed_grid([*dict.fromkeys(times.values())], self.vector, len(self), self.context)
+        shifts = {level: grid[time] for level, time in times.items() if grid}
         return Cond(unet.project_context(self.context), self.vector, shifts)
 
     def finite(self) -> bool:

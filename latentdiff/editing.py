@@ -458,11 +458,11 @@ def region(
 
 @dataclass(frozen=True, eq=False)
 class Maker:
-    """Makes guided denoisers of a pipeline whose attention can be wrapped. times: of the run, which are embedded once."""
+    """Makes guided denoisers of a pipeline whose attention can be wrapped. times: of the run's levels, which are embedded once."""
 
     pipe: Pipeline
     unet: UNet
-    times: tuple[float, ...]
+    times: Mapping[float, float]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -408,10 +408,10 @@ class Pipeline:
             )
         return [known[pair] for pair in zip(asked.prompts, asked.negatives, strict=True)]
 
-    def denoiser(self, unet: UNet | None = None, times: Sequence[float] = ()) -> Denoiser:
+    def denoiser(self, unet: UNet | None = None, times: Mapping[float, float] | None = None) -> Denoiser:
         """(x, sigma, condition) -> x0; `diffusion.rules.autoguidance` takes that of a weaker model.
 
-        unet: another in its place. times: those of a run, which are then embedded once.
+        unet: another in its place. times: those of a run's levels, which are then embedded once.
         """
         unet = unet or self.unet
         dtype = next(unet.parameters()).dtype
@@ -429,9 +429,10 @@ class Pipeline:
                 known = ", ".join(dict.fromkeys(name.partition(".attentions")[0] for name in names))
                 raise ValueError(f"guidance must name layers with self-attention, in {known}, got {shown(layer)}")
 
-    def times(self, sigmas: Float[Tensor, " steps+1"]) -> tuple[float, ...]:
-        """The times at which the network is asked in a run over these levels."""
-        return tuple(dict.fromkeys(self.schedule.t(sigma).float().item() for sigma in sigmas[:-1].double()))
+    def times(self, sigmas: Float[Tensor, " steps+1"]) -> dict[float, float]:
+        """The times at which the network is asked in a run over these levels: level -> time."""
+        levels = sigmas[:-1].double()
+        return dict(zip(levels.tolist(), self.schedule.t(levels).float().tolist(), strict=True))
 
     def maker(self, asked: Request) -> Callable[[bool], Denoise]:
         """What `run` walks with, the texts encoded: (whether with a float32 U-Net) -> the denoiser of the request."""

@@ -179,7 +179,7 @@ def test_the_loop_never_waits_for_a_device(pipe, sampler):
     """On `meta`, whatever asks a tensor for its numbers, as only waiting for a GPU could, is an error."""
     unet = copy.deepcopy(pipe.unet).to("meta", torch.bfloat16)
     prompt, negative = (Cond(torch.empty(2, 5, 32, device="meta", dtype=torch.bfloat16)) for _ in range(2))
-    denoiser = Denoiser(unet, pipe.schedule, "v", torch.bfloat16, prepare=lambda a, b: a.join(b).project(unet, [900.0]))
+    denoiser = Denoiser(unet, pipe.schedule, "v", torch.bfloat16, prepare=lambda a, b: a.join(b).project(unet, {10.0: 900.0}))
     denoise = guided(denoiser, prompt, negative, cfg(7.5) + rescale(0.5))
     sigmas = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.1, 0.0])
     *_, last = SAMPLERS[sampler](denoise, torch.empty(2, 4, 8, 8, device="meta"), sigmas, randn=torch.randn_like)

@@ -58,14 +58,14 @@ class Denoiser:
     def __call__(self, x: Float[Tensor, "b c h w"], sigma: Tensor, cond) -> Float[Tensor, "r c h w"]:
         """sigma: 0-dim, or [b]. cond: an object with `context` and `vector`, as the network takes them, for r = b, or n · b rows.
 
-        If it also has `shifts`, those of the time are given to the network in the place of it.
+        If it also has `shifts`, those of the level are given to the network in the place of its time.
         """
         sigma = sigma.to(torch.float64)
         c_skip, c_out = (_like(c, x) for c in scalings(self.prediction, sigma))
         c_in = _like((sigma**2 + 1).rsqrt(), x)
-        t = self.schedule.t(sigma).to(torch.float32)
-        shifts = getattr(cond, "shifts", {}).get(t.item()) if t.ndim == 0 else None
-        t = t.expand(x.shape[0]).to(x.device, non_blocking=True) if shifts is None else shifts
+        t = getattr(cond, "shifts", {}).get(sigma.item()) if sigma.ndim == 0 else None
+        if t is None:
+            t = self.schedule.t(sigma).to(torch.float32).expand(x.shape[0]).to(x.device, non_blocking=True)
         seams = {name: seam for name, seam in (("attend", self.attend), ("merge", self.merge)) if seam is not None}
         F = self.network((c_in * x).to(self.dtype or x.dtype), t, cond.context, cond.vector, **seams)
         return (c_skip * x + c_out * F.to(x.dtype).unflatten(0, (-1, len(x)))).flatten(0, 1)
