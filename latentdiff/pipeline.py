@@ -485,8 +485,9 @@ class Pipeline:
         """Latents decoded, each with its recipe unless told otherwise."""
         if asked.origin:
             z = asked.origin.latents(z)
-        with ThreadPoolExecutor(1) as pool:  # pixels become a picture while the next one is decoded
-            decoded = [image for made in pool.map(images.to_pil, map(self.decode, z.split(1))) for image in made]
+        with ThreadPoolExecutor(1) as pool:  # pixels become a picture while a device decodes the next one
+            each = map if self.device.type == "cpu" else pool.map  # a CPU's cores are taken by the decoding
+            decoded = [image for made in each(images.to_pil, map(self.decode, z.split(1))) for image in made]
         if asked.origin:
             decoded = asked.origin.finish(decoded)
         for k, image in enumerate(decoded):
