@@ -551,8 +551,8 @@ def tell_of_others(marks: dict[str, str], image: Any) -> None:
     from latentdiff.images import PHOTO, parse_parameters
 
     made = parse_parameters(image.info["parameters"])[1]
-    for name in ("Model", "Refiner", PHOTO, "Mask"):
-        if marks and marks.get(name) != made.get(name):
+    for name in ("Model", "Precision", "Refiner", PHOTO, "Mask"):
+        if marks and marks.get(name) != made.get(name) and (name in marks or name != "Precision"):  # older ones do not tell it
             was, now = (found.get(name, "none") for found in (marks, made))
             print(f"latentdiff: the recipe's {name} is {was}, here it is {now}: maybe another picture", file=sys.stderr)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -115,9 +116,17 @@ def ready(
         text=TextEncoder(tuple(t.to(device, dtype) for t in parts.text_encoders), parts.tokenizers, parts.spec),
         spec=parts.spec,
         title=parts.title,
+        precision=", ".join(moved_by(dtype, float8=float8, int8=int8, weights=weights, cache=cache)),
         network=Cached(unet, cache) if cache > 1 else network(unet, compile),
         decoder=GraphedDecoder(vae) if device.type == "cuda" else RecordedDecoder(vae) if small and not compile else None,
     )
+
+
+def moved_by(dtype: torch.dtype, *, float8: bool, int8: bool, weights: Width | None, cache: int) -> Iterator[str]:
+    """What moves a picture from the one in float32, in words."""
+    yield next(name for name, known in DTYPES.items() if known == dtype)
+    yield from ["float8"] * float8 + ["int8"] * int8 + [f"weights in {weights}"] * (weights is not None)
+    yield from [f"cache {cache}"] * (cache > 1)
 
 
 def check(

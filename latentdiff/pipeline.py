@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +47,10 @@ class Progress:
     i: int  # from 0; -1 where a run has no steps
     steps: int  # in all
     sigma: Tensor  # noise level: x is x0 + sigma · noise
-    x: Float[Tensor, "b c h w"]
-    x0: Float[Tensor, "b c h w"]
-    pipe: Pipeline
-    request: Request
+    x: Float[Tensor, "b c h w"] = field(repr=False)
+    x0: Float[Tensor, "b c h w"] = field(repr=False)
+    pipe: Pipeline = field(repr=False)
+    request: Request = field(repr=False)
 
     @property
     def z(self) -> Float[Tensor, "b c h w"]:
@@ -93,6 +93,7 @@ class Pipeline:
     text: TextEncoder
     spec: ModelSpec
     title: str
+    precision: str = ""  # what the numbers are rounded to, and whatever else of `load` moves a picture; recipes tell it
     network: Network | None = None  # what runs in the loop in the U-Net's place: the U-Net compiled, recorded
     decoder: GraphedDecoder | RecordedDecoder | None = None  # and in the place of its VAE's `decode`: the same, recorded
 
@@ -100,6 +101,11 @@ class Pipeline:
     def schedule(self) -> NoiseSchedule:
         with torch.device("cpu"):  # whatever the caller's default is
             return noise_schedule(self.spec.schedule)
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """What a picture's recipe tells of the model."""
+        return {"Model": self.title} | ({"Precision": self.precision} if self.precision else {})
 
     @property
     def device(self) -> torch.device:
@@ -494,7 +500,7 @@ class Pipeline:
             if not recipes:
                 image.info.pop("parameters", None)  # of the picture it started from
                 continue
-            extra = {"Model": self.title, "Version": f"latentdiff {__version__}"}
+            extra = self.marks | {"Version": f"latentdiff {__version__}"}
             extra |= asked.origin.marks(k) if asked.origin else {}
             image.info["parameters"] = images.write_parameters(asked.recipe(k), extra)
         return Images(decoded)

@@ -80,7 +80,7 @@ def refine(
     second = replace(asked(refiner, first.seeds[0]), seeds=first.seeds, sigmas=first.sigmas)
     result = finished(Run(handed_over(base, refiner, first, second, share), len(first.sigmas) - 1), progress)
     for k, image in enumerate(result):
-        extra = {"Model": base.title, "Refiner": refiner.title, "Refiner switch at": f"{share:g}"}
+        extra = base.marks | {"Refiner": refiner.title, "Refiner switch at": f"{share:g}"}
         extra["Version"] = f"latentdiff {__version__}"
         image.info["parameters"] = images.write_parameters(first.recipe(k), extra)
     return result

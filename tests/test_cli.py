@@ -83,7 +83,7 @@ def test_a_recipe_makes_the_picture_again(run):
     assert code == 0
     assert equal("a-2.png", "b.png")
     assert out == f"b.png  seed {I.read_recipe('a-2.png')['seed']}\n"
-    assert err.startswith("latentdiff: recipe of a-2.png (Model: tiny, Version: latentdiff ")
+    assert err.startswith("latentdiff: recipe of a-2.png (Model: tiny, Precision: ")
     assert I.read_recipe("b.png") == I.read_recipe("a-2.png")
     run("generate", "--recipe", "a-2.png", "-o", "c.png", "-q", "--size", "16")
     assert I.read_recipe("c.png") == I.read_recipe("a-2.png") | {"size": (16, 16)}
@@ -99,6 +99,20 @@ def test_a_recipe_of_another_model_is_told_of(run):
     assert err.endswith("latentdiff: the recipe's Model is tiny + flat:0.8, here it is tiny: maybe another picture\n")
     _, _, err = run("generate", "--recipe", "a.png", "-o", "c.png", "-q")
     assert "maybe another picture" not in err
+
+
+def test_a_recipe_of_another_precision_is_told_of(run):
+    run("generate", "a cat", "-o", "a.png", "--steps", 2, "--seed", 1, "--size", 16, "--dtype", "float32", "-q")
+    again = ("generate", "--recipe", "a.png", "-o", "b.png", "-q", "--dtype")
+    _, _, err = run(*again, "bfloat16")
+    assert err.endswith("latentdiff: the recipe's Precision is float32, here it is bfloat16: maybe another picture\n")
+    _, _, err = run(*again, "float32")
+    assert "maybe another picture" not in err
+    with Image.open("a.png") as image:  # an older one does not tell
+        image.info["parameters"] = image.info["parameters"].replace("Precision: float32, ", "")
+        I.save_image(image, Path("old.png"))
+    _, _, err = run("generate", "--recipe", "old.png", "-o", "b.png", "-q", "--dtype", "bfloat16")
+    assert "Precision" not in err
 
 
 def test_nothing_that_is_read_is_replaced_and_nothing_that_nobody_named(run, tmp_path):

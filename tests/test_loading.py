@@ -50,3 +50,10 @@ def test_files_that_do_not_fit_are_refused_before_a_model_is_read(monkeypatch, f
     monkeypatch.setattr(loading, "load_parts", lambda *_, **__: pytest.fail("read a model"))
     with pytest.raises((ValueError, FileNotFoundError, IsADirectoryError), match=message):
         latentdiff.load(device="cpu", dtype="float32", **files)
+
+
+def test_a_model_tells_what_moves_its_pictures():
+    assert latentdiff.load(device="cpu", dtype="float32").precision == "float32"
+    pipe = latentdiff.load(device="cpu", dtype="bfloat16", weights="int8", cache=2)
+    assert pipe.precision == "bfloat16, weights in int8, cache 2"
+    assert pipe.marks == {"Model": "embedded", "Precision": pipe.precision}

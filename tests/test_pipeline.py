@@ -256,7 +256,7 @@ def test_a_recipe_gives_the_picture_again(tiny_pipe, tmp_path):
 
 def test_a_recipe_says_the_model_and_no_path(tiny_folder, tiny_pipe):
     text = tiny_pipe("a cat", **FEW)[0].info["parameters"]
-    assert f"Model: tiny, Version: latentdiff {latentdiff.__version__}" in text
+    assert f"Model: tiny, Precision: float32, Version: latentdiff {latentdiff.__version__}" in text
     assert "/" not in text
     assert str(tiny_folder.parent.name) not in text
 

@@ -116,7 +116,7 @@ IGNORABLE: tuple[str, ...] = (
     r"(first_stage_model\.)?(loss|model_ema)\..*",
     r"denoiser\.sigmas|scale_factor|embedding_manager\..*",
     r"cond_stage_model\.transformer\.(vision_model|visual_projection|text_projection)(\..*)?",
-    r"conditioner\.embedders\.0\.transformer\.text_projection\.weight",
+    r"(conditioner\.embedders\.0\.transformer\.)?text_projection\.weight",  # of towers whose pooled state is not asked for
 )
 
 # Older spellings, mended before anything else looks at the names.

@@ -408,6 +408,13 @@ def test_position_ids_of_old_text_towers_are_ignored(copied):
     load_parts(path.parent.parent)
 
 
+def test_a_projection_that_nobody_asks_for_is_ignored(copied):
+    """As in text towers that were saved with the pooled state's projection, for a model that does not use it."""
+    path = copied() / "text_encoder" / "model.safetensors"
+    broken(path, lambda t: t.update({"text_projection.weight": torch.ones(4, 4)}))
+    load_parts(path.parent.parent)
+
+
 def test_folder_faults(copied):
     path = copied()
     broken(path / "unet" / "diffusion_pytorch_model.safetensors", lambda t: t.update({"x": torch.ones(1)}))
