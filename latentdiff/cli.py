@@ -120,7 +120,7 @@ def generate(
     int8: bool = False,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
 ) -> None:
-    """Make pictures from text and write them, PNGs with the recipe that makes them again.
+    """Make pictures from text and write them, with the recipe that makes them again.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def generate(
     prompts_file
         A text file of more prompts, one a line.
     recipe
-        A PNG that carries a recipe: make its picture again. Options given beside it change the recipe.
+        A picture's file, which carries its recipe: make it again. Options given beside it change the recipe.
     model
         A file, a folder or a hub id (owner/name). Without it, the embedded model.
     negative
@@ -278,7 +278,7 @@ def edit(
     out
         File (what has the name is replaced), or folder/ (files are called after words and seed; none is replaced).
     recipe
-        A PNG that was made from another picture: do the same again. Options given beside it change the recipe.
+        The file of a picture that was made from another: do the same again. Options given beside it change the recipe.
     model
         A file, a folder or a hub id (owner/name). Without it, the embedded model.
     method
@@ -534,7 +534,7 @@ def sides(size: str) -> int | tuple[int, int]:
 
 
 def recalled(path: Path, *, pictured: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The recipe of a PNG, pictured: one made from a picture; and what it says beyond, which is shown, since it is not followed."""
+    """The recipe of a file, pictured: one made from a picture; and what else it says, which is shown, not followed."""
     from latentdiff.images import PHOTO, read_parameters
 
     recipe, others = read_parameters(path)

@@ -1,4 +1,4 @@
-"""Pictures: tensors and PIL, grids, files. A PNG carries its recipe in the `parameters` text that other programs read."""
+"""Pictures: tensors and PIL, grids, files. They carry their recipes where other programs look for them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 50_000_000  # of a picture that we open; a header that claims more is refused before anything is decoded
 OPENS = ("PNG", "JPEG", "WEBP", "BMP")
 SAVES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+UTF16 = b"UNICODE\0"  # what EXIF's comments begin with where UTF-16 follows
+MAX_COMMENT = 65_000  # bytes: a JPEG's EXIF has 65,533 in all
 Picture = str | Path | Image.Image
 
 
@@ -48,7 +50,7 @@ class Images(list[Image.Image]):
         return Images(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write one file a picture, PNGs with their recipe, and return the paths.
+        """Write one file a picture with its recipe, and return the paths.
 
         One picture takes `path` itself; of several, number k takes `<stem>-k<suffix>`; files of these names are replaced. A folder
         (that exists, or with a slash at the end) gets `<prompt>-<seed>.png`, or the next free number behind it.
@@ -178,20 +180,41 @@ def numbered(paths: Sequence[Path]) -> list[Path]:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write one picture with the colour profile of its info; a PNG also with the `parameters`. Folders on the way are made."""
+    """Write one picture with the colour profile and the `parameters` of its info. Folders on the way are made."""
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"PNG": {"pnginfo": png_text(image)}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
     kind, encoded = SAVES[path.suffix.lower()], io.BytesIO()
-    image.save(encoded, kind, icc_profile=image.info.get("icc_profile"), **options[kind])
+    image.save(encoded, kind, icc_profile=image.info.get("icc_profile"), **options_of(kind, image.info.get("parameters")))
     path.write_bytes(encoded.getbuffer())  # what has the name stays where a format cannot hold the picture
 
 
-def png_text(image: Image.Image) -> PngImagePlugin.PngInfo:
-    text = PngImagePlugin.PngInfo()
-    if parameters := image.info.get("parameters"):
-        text.add_text("parameters", parameters)
-    return text
+def options_of(kind: str, parameters: str | None) -> dict[str, Any]:
+    """How to save: a PNG has the `parameters` as a text, the other two in EXIF's comment of the user, as other programs write them;
+    more than 32,000 letters do not fit there."""
+    if kind == "PNG":
+        text = PngImagePlugin.PngInfo()
+        if parameters:
+            text.add_text("parameters", parameters)
+        return {"pnginfo": text}
+    comment = UTF16 + (parameters or "").encode("utf-16-be", "surrogatepass")
+    if not parameters or len(comment) > MAX_COMMENT:
+        return {"quality": 95}
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    return {"quality": 95, "exif": exif}
+
+
+def parameters_of(image: Image.Image) -> str | None:
+    """What `options_of` wrote, if it is there and can be read."""
+    text = image.info.get("parameters")
+    if text is None:
+        try:
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+        except (OSError, SyntaxError, ValueError, TypeError):  # damaged
+            return None
+        if isinstance(comment, bytes) and comment.startswith(UTF16):
+            text = comment.removeprefix(UTF16).decode("utf-16-be", "replace")
+    return text if isinstance(text, str) else None
 
 
 # -------------------------------------------------------------------------------------------------------- user's pictures
@@ -393,12 +416,12 @@ def _value(key: str, text: str) -> Any:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe of a PNG, as keywords for `pipe(**recipe)`. Nothing is trusted: `pipe` checks every value.
+    """The recipe of a picture's file, as keywords for `pipe(**recipe)`. Nothing is trusted: `pipe` checks every value.
 
     That of a picture made from another wants it beside: `pipe(image=photo, **recipe)`, or `pipe.edit(photo, **recipe)` if it has a
     "method".
 
-    Errors: FileNotFoundError; ValueError where the file is no PNG or carries no recipe.
+    Errors: FileNotFoundError; ValueError where the file is no picture or carries no recipe.
     """
     recipe = read_parameters(path)[0]
     if "method" in recipe:
@@ -407,9 +430,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def read_parameters(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The recipe of a PNG, and what else its `parameters` say (model, version, other programs' settings)."""
-    image = _open(Path(path))
-    text = image.info.get("parameters")
-    if not isinstance(text, str):
-        raise ValueError(f"{path}: carries no recipe (a PNG text named `parameters`)")
+    """The recipe of a picture's file, and what else it says (model, version, other programs' settings)."""
+    text = parameters_of(_open(Path(path)))
+    if text is None:
+        raise ValueError(f"{path}: carries no recipe (a PNG text named `parameters`, or EXIF's UserComment)")
     return parse_parameters(text)

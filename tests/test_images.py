@@ -64,14 +64,40 @@ def test_reading_a_recipe_gives_what_was_written(recipe, extra):
     assert {k: v for k, v in others.items() if k not in I.EXACT} == extra
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 @given(recipe=recipes)
 @settings(deadline=None, max_examples=50)
-def test_a_recipe_survives_the_png(tmp_path_factory, recipe):
-    path = tmp_path_factory.getbasetemp() / "recipe.png"
+def test_a_recipe_survives_the_file(tmp_path_factory, recipe, suffix):
+    path = tmp_path_factory.getbasetemp() / f"recipe{suffix}"
     image = Image.new("RGB", (2, 2))
     image.info["parameters"] = I.write_parameters(recipe)
     I.save_image(image, path)
     assert I.read_recipe(path) == recipe
+
+
+def test_a_recipe_too_long_for_a_jpeg_does_not_keep_it_from_being_saved(tmp_path):
+    image = Image.new("RGB", (2, 2))
+    image.info["parameters"] = I.write_parameters({"prompt": 32_300 * "a", "steps": 1, "sampler": "ddim", "seed": 0})
+    I.save_image(image, tmp_path / "fits.jpg")
+    assert len(I.read_recipe(tmp_path / "fits.jpg")["prompt"]) == 32_300
+    image.info["parameters"] += 300 * " "
+    I.save_image(image, tmp_path / "long.jpg")
+    with pytest.raises(ValueError, match="carries no recipe"):
+        I.read_recipe(tmp_path / "long.jpg")
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0II*\0\x08\0\0\0\x01\0i\x87\4\0\1\0\0\0\xff\xff\xff\xff"]
+)
+def test_other_comments_and_damaged_exif_are_no_recipe(tmp_path, exif):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(ValueError, match="carries no recipe"):
+        I.read_recipe(tmp_path / "a.jpg")
+    other = Image.Exif()
+    other.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a cat, Steps: 3"
+    Image.new("RGB", (2, 2)).save(tmp_path / "b.jpg", exif=other)
+    with pytest.raises(ValueError, match="carries no recipe"):
+        I.read_recipe(tmp_path / "b.jpg")
 
 
 def test_the_text_is_what_other_programs_read():
