@@ -253,6 +253,15 @@ def test_memory_is_the_peak_of_the_run():
     assert any(50 << 20 < more < 100 << 20 for more in found), found
 
 
+def test_memory_that_cannot_be_read_is_not_known(tmp_path: Path, monkeypatch):
+    """As on macOS, where nothing tells a process's peak."""
+    monkeypatch.setattr(run, "subject", lambda name, device: subjects.random_parts(tiny(SD15)))
+    monkeypatch.setattr(run, "limits", lambda *a: {"datasheet": None, "big_product": 0.1, "best_kernels": 0.2})
+    monkeypatch.setattr(alone, "memory", lambda *a: None)
+    run.bench(models=("sd15",), out=tmp_path, device="cpu", dtype="float32", seconds=0.0, stages=(), climb=False)
+    assert "Peak memory, a guided step and a decode in float32: latentdiff not known here" in (tmp_path / "report.md").read_text()
+
+
 def test_a_report_from_end_to_end(tmp_path: Path, monkeypatch):
     parts = subjects.random_parts(tiny(SD15))
     monkeypatch.setattr(run, "subject", lambda name, device: parts)

@@ -340,7 +340,7 @@ def rungs(parts: Parts, device: torch.device, dtype: torch.dtype, seconds: float
 # ---------------------------------------------------------------------------------------------------- processes of their own
 
 
-def memory(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+def memory(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, int | None]]:
     """Peak bytes of a step and a decode, each contestant in a process of its own, both in our dtype."""
     tell("memory, in processes of their own")
     kind = str(dtype).removeprefix("torch.")
