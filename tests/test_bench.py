@@ -21,6 +21,7 @@ from latentdiff.bench.report import markdown
 from latentdiff.bench.timing import Comparison, compare, in_turns
 from latentdiff.bench.work import Attend, Conv, Linear, flops, products, shares
 from latentdiff.checkpoints.families import SD15, SD21, SDXL, ModelSpec
+from latentdiff.doctor import installed
 from latentdiff.loading import embedded
 from latentdiff.models import onednn
 from latentdiff.models.convolution import Conv2d
@@ -371,7 +372,7 @@ def test_quick_ends_in_two_minutes(tmp_path: Path):
 def test_what_needs_processes_of_its_own():
     assert 100 << 20 < alone.memory("embedded", "latentdiff", "bfloat16", "cpu") < 1 << 30
     assert alone.cold_start(embedded(), "latentdiff", steps=1) < 120
-    if machine.installed("diffusers"):
+    if installed("diffusers"):
         assert 100 << 20 < alone.memory("embedded", "diffusers", "bfloat16", "cpu") < 1 << 30
         assert alone.cold_start(embedded(), "diffusers", steps=1) < 120
 

@@ -66,8 +66,7 @@ def _model(name: str, model: Report) -> Iterator[str]:
 
 
 def _table(title: str, stage: Report) -> Iterator[str]:
-    rate = stage.get("rate", "1/s")
-    yield f"\n**{title}**\n\n| | dtype | p50 | p90 | p99 | first | {rate} | rounds | ours is |"
+    yield f"\n**{title}**\n\n| | dtype | p50 | p90 | p99 | first | {stage['rate']} | rounds | ours is |"
     yield "|---" * 9 + "|"
     for who, row in stage["rows"].items():
         claim = row.get("against")
