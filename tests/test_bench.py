@@ -263,6 +263,20 @@ def test_memory_that_cannot_be_read_is_not_known(tmp_path: Path, monkeypatch):
     assert "Peak memory, a guided step and a decode in float32: latentdiff not known here" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"steps": 0}, "steps must be"),
+        ({"batches": (1, 0)}, "batches must be"),
+        ({"out": Path(__file__)}, "path must be in a folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_the_work(asked, said, monkeypatch):
+    monkeypatch.setattr(run, "subject", lambda *_: pytest.fail("began"))
+    with pytest.raises(ValueError, match=said):
+        run.bench(**asked)
+
+
 def test_a_report_from_end_to_end(tmp_path: Path, monkeypatch):
     parts = subjects.random_parts(tiny(SD15))
     monkeypatch.setattr(run, "subject", lambda name, device: parts)

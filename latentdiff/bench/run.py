@@ -28,9 +28,11 @@ from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.checkpoints.fill import on_meta
 from latentdiff.checkpoints.io import Parts
 from latentdiff.doctor import installed
+from latentdiff.images import check_folder
 from latentdiff.loading import best_device, best_dtype, checked_device, checked_dtype, embedded
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
+from latentdiff.request import MAX_PICTURES, integer
 
 Model = Literal["embedded", "sd15", "sd21", "sdxl"]
 Stage = Literal["text", "step", "loop", "decode", "picture"]
@@ -98,6 +100,8 @@ def bench(
     """
     if quick:
         models, seconds, steps, batches, processes = ("embedded",), 1.5, 8, (1,), False
+    steps, batches = integer("steps", steps, 1, 1000), [integer("batches", n, 1, MAX_PICTURES) for n in batches]
+    check_folder(out)
     place = best_device() if device is None else checked_device(device)
     kind = best_dtype(place) if dtype is None else checked_dtype(dtype)
     others = [checked_dtype(other) for other in peer_dtypes]
