@@ -113,10 +113,10 @@ class Drawings:
 
     def _split(self, share: float) -> list[int]:
         low = [_fraction(f"{r['package']}:{r['name']}") < share for r in self.records]
-        safe = {(r["concept"], r["style"]) for r, is_low in zip(self.records, low, strict=True) if not is_low}
-        drawn: dict[str, set[str]] = {}
-        for concept, style in safe:
-            drawn.setdefault(concept, set()).add(style)
+        drawn: dict[str, set[str]] = {}  # concept -> the hands that are not low
+        for r, is_low in zip(self.records, low, strict=True):
+            if not is_low:
+                drawn.setdefault(r["concept"], set()).add(r["style"])
         return [i for i, r in enumerate(self.records) if low[i] and drawn.get(r["concept"], set()) - {r["style"]}]
 
     def concept_prompts(self) -> list[str]:
