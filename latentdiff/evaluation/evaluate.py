@@ -138,7 +138,7 @@ class Report:
     settings: Mapping[str, Any]
 
     def markdown(self) -> str:
-        lines = ["# Evaluation", "", ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, [], ""))]
+        lines = ["# Evaluation", "", ", ".join(f"{k} {v}" for k, v in self.settings.items())]
         if self.numbers:
             lines += ["", "| measure | value | what it means |", "| --- | --- | --- |"]
             lines += [f"| {name} | {value:.4g} | {MEANINGS[name]} |" for name, value in self.numbers.items()]
@@ -152,7 +152,7 @@ def sampler_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     steps, found = list(dict.fromkeys(row["steps"] for row in rows)), {}
     for row in rows:
         sampler, spacing = resolve(row["sampler"])
-        names, at = found.setdefault((row.get("rule") or SAME.get(sampler, sampler), spacing or row["spacing"]), ({}, {}))
+        names, at = found.setdefault((row["rule"], spacing or row["spacing"]), ({}, {}))
         names[sampler], at[row["steps"]] = None, row
     heads = ["sampler", "grid", "evaluations", *(f"{what} {n}" for what in ("FID", "CLIP") for n in steps)]
     best = {("fid", n): min(at[n]["fid"] for _, at in found.values()) for n in steps}
