@@ -74,6 +74,8 @@ class ComposeConfig:
             raise ValueError(f"pair + several + triple is {self.pair + self.several + self.triple}, must be at most 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale is {self.scale}, must be (least, most) with 0 < least <= most <= 1")
+        if not 0 <= self.offset <= 0.5:
+            raise ValueError(f"offset is {self.offset}, must lie from 0 to 0.5, so that a drawing's middle is in the picture")
         for share, of in (("favour", "favourites"), ("handed", "hand")):
             if getattr(self, share) and not getattr(self, of):
                 raise ValueError(f"{share} is {getattr(self, share)}, must be 0 without {of}")
