@@ -291,7 +291,7 @@ class Region:
 
     words: tuple[tuple[Span, ...], tuple[Span, ...]]
     below: float
-    threshold: float = 0.4
+    threshold: float
     fixed: Float[Tensor, "b 1 h w"] | None = None
     maps: list[Maps] = field(default_factory=list)
 

@@ -242,21 +242,17 @@ def open_exam(config: Evaluation, size: int) -> Exam:
 
 def drawings_exam(drawings: Drawings, config: Evaluation, size: int) -> Exam:
     """Everyday ideas to draw; all concepts as names; the held-out drawings, and what other hands made of their concepts."""
-
-    def words(concept: str) -> str:
-        return drawings.words[concept]["phrases"][0]
-
     held_out = drawings.held_out[: config.pictures]
     concepts = [drawings.records[i]["concept"] for i in held_out]
     by_others = [
         next(i for i in drawings.hands[c] if drawings.records[i]["style"] != drawings.records[k]["style"])
         for c, k in zip(concepts, held_out, strict=True)
     ]
-    everyday = list(dict.fromkeys(words(c) for c in drawings.everyday))
+    everyday = list(dict.fromkeys(map(drawings.prompt, drawings.everyday)))
     return Exam(
         prompts=picked(everyday, config.prompts, config.seed),
-        names=list(dict.fromkeys(drawings.concept_prompts())),
-        captions=[words(c) for c in concepts],
+        names=list(dict.fromkeys(map(drawings.prompt, drawings.concepts))),
+        captions=[drawings.prompt(c) for c in concepts],
         held_out=[Image.fromarray(drawings.plain(i, size)) for i in held_out],
         others=[Image.fromarray(drawings.plain(i, size)) for i in by_others],
     )

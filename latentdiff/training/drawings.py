@@ -121,9 +121,9 @@ class Drawings:
                 drawn.setdefault(r["concept"], set()).add(r["style"])
         return [i for i, r in enumerate(self.records) if low[i] and drawn.get(r["concept"], set()) - {r["style"]}]
 
-    def concept_prompts(self) -> list[str]:
-        """What one would type for each of `concepts`: "a cat". A few ideas share a prompt ("a sad face")."""
-        return [self.words[name]["phrases"][0] for name in self.concepts]
+    def prompt(self, concept: str) -> str:
+        """What one would type for a concept: "a cat". A few share a prompt ("a sad face")."""
+        return self.words[concept]["phrases"][0]
 
     def plain(self, index: int, size: int, scale: float = 0.88) -> np.ndarray:
         """uint8 [size, size, 3]: a drawing in the middle of a white picture, as evaluation wants it."""
