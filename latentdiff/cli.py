@@ -528,8 +528,11 @@ def sides(size: str) -> int | tuple[int, int]:
     """512, or 512x768 as (512, 768)."""
     try:
         numbers = [int(side) for side in size.lower().split("x")]
-        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-    except (ValueError, IndexError):
+        if len(numbers) == 1:
+            return numbers[0]
+        width, height = numbers
+        return width, height
+    except ValueError:
         raise ValueError(f"size must be a side or WIDTHxHEIGHT in pixels, such as 512 or 512x768, got {size!r}") from None
 
 

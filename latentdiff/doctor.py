@@ -7,7 +7,6 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
@@ -122,5 +121,5 @@ def weights() -> Finding:
         spec, _ = read_folder(folder)
     except (OSError, ValueError) as error:
         return Finding("weights", str(error), ok=False)
-    size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     return Finding("weights", f"embedded model in {folder}: {spec.size}×{spec.size} pixels, {size / 2**20:.1f} MiB")

@@ -130,7 +130,7 @@ def plan(
     guidance: float,
 ) -> list[Plan]:
     """Check and complete what says which edits they are. Errors: ValueError that names the argument."""
-    chosen("method", method, get_args(Method))
+    check_choice("method", method, get_args(Method))
     if method != "prompt-to-prompt":
         for name, value in {"inversion": inversion, "cross": cross, "self_attention": self_attention, "words": words}.items():
             if value is not None:
@@ -139,7 +139,7 @@ def plan(
         raise ValueError(f"{'region' if region else 'weights'} must be None for the method img2img, which controls no words")
     for name, value, allowed in (("inversion", inversion, Finder), ("words", words, p2p.Way)):
         if value is not None:
-            chosen(name, value, get_args(allowed))
+            check_choice(name, value, get_args(allowed))
     if not isinstance(weights, Mapping | None):
         raise ValueError(f"weights must be a dictionary of words and factors, got {shown(weights)}")
     finder = inversion or ("edit-friendly" if method == "prompt-to-prompt" else method)
@@ -177,10 +177,9 @@ def checked_scale(guidance: Any) -> float:
     return number("guidance", guidance)
 
 
-def chosen(name: str, value: Any, allowed: Iterable[str]) -> Any:
-    if value not in tuple(allowed):
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------------------- the edit

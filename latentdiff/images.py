@@ -322,7 +322,8 @@ PICTURED = {  # the same where the run starts from a picture
     "Weights": "weights",
 }
 PHOTO = "Photo"  # fingerprint of the picture; other programs' "Denoising strength" without it means something else
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# A name and its value; or a name alone, which is no pair: a long text without colons is read once, not from every letter on.
+PAIR = re.compile(r'(\w[\w \-/]++)(?::\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$))?')
 NEGATIVE = "Negative prompt: "
 EXACT = ("Exact prompt", "Exact negative prompt")  # written only where the plain text could be read in two ways
 
@@ -367,7 +368,7 @@ def parse_parameters(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     The last line counts as parameters only if it holds at least three pairs, as other readers have it.
     """
     body, _, last = text.rpartition("\n")
-    pairs = {name: _unquoted(value) for name, value in PAIR.findall(last)}
+    pairs = {m[1]: _unquoted(m[2]) for m in PAIR.finditer(last) if m[2] is not None}
     if len(pairs) < 3:
         body, pairs = text, {}
     prompt, negative = _split(body)

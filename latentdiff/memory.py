@@ -95,9 +95,7 @@ def sliced(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
     return torch.cat([sdpa(part, k, v, site) for part in q.split(SLICE, dim=-2)], dim=-2)
 
 
-def whole_or_tiled(
-    run: Callable[[Tensor], Tensor], x: Float[Tensor, "b c h w"], *, pixels: int = 1, tile: int = TILE
-) -> Float[Tensor, "b d h2 w2"]:
+def whole_or_tiled(run: Callable[[Tensor], Tensor], x: Float[Tensor, "b c h w"], *, pixels: int = 1) -> Float[Tensor, "b d h2 w2"]:
     """run(x), the decoder on latents, or with `pixels` of x along the side of a latent the encoder on pictures.
 
     Where memory runs out, in tiles, which halve until they fit. Norms and attention then see a tile, not the picture, so colours
@@ -105,7 +103,7 @@ def whole_or_tiled(
     """
     what = "decode" if pixels == 1 else "encode"
     height, width = (side // pixels for side in x.shape[-2:])
-    done = attempt(lambda: run(x), lambda: run(x))
+    done, tile = attempt(lambda: run(x), lambda: run(x)), TILE
     while done is None:
         tile = min(tile, (max(height, width) + 1) // 2)
         if tile <= OVERLAP:

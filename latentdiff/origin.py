@@ -70,9 +70,7 @@ class Canvas:
     def finish(self, new: Image.Image) -> Image.Image:
         """The photo with `new` in its box; pixels outside the mask are the photo's own, to the last bit."""
         left, top, right, bottom = self.box
-        patch = (
-            new if new.size == (right - left, bottom - top) else new.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
-        )
+        patch = new.resize((right - left, bottom - top), Image.Resampling.LANCZOS)  # a copy where that is its size
         result = self.photo.copy()
         result.paste(patch, (left, top), self.share)
         return result

@@ -252,8 +252,7 @@ class Maps:
     width: int
     total: Float[Tensor, "b h w"] | None = None
 
-    def look(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Plain attention, watched."""
+    def watch(self, q: Tensor, k: Tensor, site: Site) -> None:
         if site.cross and any(self.spans):
             grid, rows = resolution(q.shape[2], self.height, self.width), len(self.spans)
             maps = (q[:rows].float() @ k[:rows].float().mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)  # [b, n, m]
@@ -261,6 +260,10 @@ class Maps:
             seen = torch.stack(own).unflatten(-1, grid)  # [b, h, w]
             full = F.interpolate(seen[:, None], (self.height, self.width), mode="bilinear", align_corners=False)[:, 0]
             self.total = full if self.total is None else self.total + full
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Plain attention, watched."""
+        self.watch(q, k, site)
         return sdpa(q, k, v, site)
 
     def heat(self) -> Float[Tensor, "b h w"]:
@@ -288,7 +291,7 @@ class Region:
 
     words: tuple[tuple[Span, ...], tuple[Span, ...]]
     below: float
-    threshold: float = 0.4
+    threshold: float
     fixed: Float[Tensor, "b 1 h w"] | None = None
     maps: list[Maps] = field(default_factory=list)
 
@@ -315,7 +318,7 @@ def watched(denoise: Guided, maps: Sequence[Maps]) -> Denoise:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         for m in maps:
-            m.look(q, k, v, site)
+            m.watch(q, k, site)
         return sdpa(q, k, v, site)
 
     return lambda x, sigma: denoise(x, sigma, attend)

@@ -57,7 +57,7 @@ def refine(
         )
 
     def asked(pipe: Pipeline, seed: int | None) -> Request:
-        return request.request(
+        made = request.request(
             pipe.spec,
             pipe.schedule,
             pipe.vae.factor,
@@ -75,6 +75,8 @@ def refine(
             size=base.spec.size if size is None else size,
             batch=batch,
         )
+        pipe._check_layers(made.rule)
+        return made
 
     first = asked(base, seed)
     second = replace(asked(refiner, first.seeds[0]), seeds=first.seeds, sigmas=first.sigmas)

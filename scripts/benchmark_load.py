@@ -17,43 +17,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from latentdiff.bench.subjects import random_parts
 from latentdiff.checkpoints import configs, tokenizer
 from latentdiff.checkpoints.families import SD15
 from latentdiff.checkpoints.files import read_header, write_json, write_safetensors
-from latentdiff.checkpoints.fill import on_meta
-from latentdiff.checkpoints.io import Parts
 from latentdiff.checkpoints.save import metadata, single_tensors
-from latentdiff.models.text import TextTower
-from latentdiff.models.unet import UNet
-from latentdiff.models.vae import VAE
-
-
-def filled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A network from `meta` with numbers of a sensible size in it: one block of noise, over and over."""
-    noise = torch.randn(1 << 20)
-    module = module.to_empty(device="cpu").to(dtype)
-    with torch.no_grad():
-        for p in module.parameters():
-            row = noise[: p.numel()] if p.numel() <= len(noise) else noise.repeat(-(-p.numel() // len(noise)))[: p.numel()]
-            p.copy_(row.reshape(p.shape) / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else row * 0.1 + 1)
-    return module
 
 
 def write_model(folder: Path, dtype: torch.dtype) -> None:
     """`model.safetensors` in the original naming, and `layout/`, the configurations that diffusers wants beside it."""
-    parts = Parts(
-        spec=SD15,
-        unet=filled(on_meta(UNet, SD15.unet), dtype),  # type: ignore[arg-type]
-        vae=filled(on_meta(VAE, SD15.vae), dtype),  # type: ignore[arg-type]
-        text_encoders=(filled(on_meta(TextTower, SD15.towers[0]), dtype),),  # type: ignore[arg-type]
-        tokenizers=(tokenizer.standard(),),
-        title="random",
-    )
+    parts = replace(random_parts(SD15), tokenizers=(tokenizer.standard(),), title="random")
+    for network in (parts.unet, parts.vae, *parts.text_encoders):
+        network.to(dtype)
     write_safetensors(folder / "model.safetensors", single_tensors(parts), metadata(parts))
     layout = folder / "layout"
     write_json(layout / "model_index.json", configs.index_json(SD15))

@@ -197,7 +197,7 @@ def tasks(drawings: Drawings, n: int, size: int, seed: int) -> list[Task]:
 def task(kind: str, drawings: Drawings, size: int, rng: np.random.Generator) -> Task:
     """swap, remove: two drawings side by side, the right one is edited. background: one drawing, all but it is edited."""
     a, b = rng.choice(drawings.held_out, 2, replace=False)
-    first, second = phrase(drawings, a), phrase(drawings, b)
+    first, second = (drawings.prompt(drawings.records[k]["concept"]) for k in (a, b))
     if kind == "background":
         old, new = rng.choice(list(BACKGROUNDS), 2, replace=False)
         picture, cover = composed(drawings, [(a, 0.5, 0.8)], BACKGROUNDS[old], size)
@@ -205,12 +205,8 @@ def task(kind: str, drawings: Drawings, size: int, rng: np.random.Generator) -> 
     picture, _ = composed(drawings, [(a, 0.26, 0.48), (b, 0.74, 0.48)], (255, 255, 255), size)
     left = np.zeros((size, size), bool)
     left[:, : size // 2] = True
-    other = drawings.words[rng.choice(drawings.everyday)]["phrases"][0]
+    other = drawings.prompt(rng.choice(drawings.everyday))
     return Task(kind, picture, f"{first} and {second}", first if kind == "remove" else f"{first} and {other}", left)
-
-
-def phrase(drawings: Drawings, index: int) -> str:
-    return drawings.words[drawings.records[index]["concept"]]["phrases"][0]
 
 
 def composed(

@@ -21,6 +21,7 @@ from latentdiff.bench.report import markdown
 from latentdiff.bench.timing import Comparison, compare, in_turns
 from latentdiff.bench.work import Attend, Conv, Linear, flops, products, shares
 from latentdiff.checkpoints.families import SD15, SD21, SDXL, ModelSpec
+from latentdiff.doctor import installed
 from latentdiff.loading import embedded
 from latentdiff.models import onednn
 from latentdiff.models.convolution import Conv2d
@@ -253,6 +254,29 @@ def test_memory_is_the_peak_of_the_run():
     assert any(50 << 20 < more < 100 << 20 for more in found), found
 
 
+def test_memory_that_cannot_be_read_is_not_known(tmp_path: Path, monkeypatch):
+    """As on macOS, where nothing tells a process's peak."""
+    monkeypatch.setattr(run, "subject", lambda name, device: subjects.random_parts(tiny(SD15)))
+    monkeypatch.setattr(run, "limits", lambda *a: {"datasheet": None, "big_product": 0.1, "best_kernels": 0.2})
+    monkeypatch.setattr(alone, "memory", lambda *a: None)
+    run.bench(models=("sd15",), out=tmp_path, device="cpu", dtype="float32", seconds=0.0, stages=(), climb=False)
+    assert "Peak memory, a guided step and a decode in float32: latentdiff not known here" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"steps": 0}, "steps must be"),
+        ({"batches": (1, 0)}, "batches must be"),
+        ({"out": Path(__file__)}, "path must be in a folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_the_work(asked, said, monkeypatch):
+    monkeypatch.setattr(run, "subject", lambda *_: pytest.fail("began"))
+    with pytest.raises(ValueError, match=said):
+        run.bench(**asked)
+
+
 def test_a_report_from_end_to_end(tmp_path: Path, monkeypatch):
     parts = subjects.random_parts(tiny(SD15))
     monkeypatch.setattr(run, "subject", lambda name, device: parts)
@@ -362,7 +386,7 @@ def test_quick_ends_in_two_minutes(tmp_path: Path):
 def test_what_needs_processes_of_its_own():
     assert 100 << 20 < alone.memory("embedded", "latentdiff", "bfloat16", "cpu") < 1 << 30
     assert alone.cold_start(embedded(), "latentdiff", steps=1) < 120
-    if machine.installed("diffusers"):
+    if installed("diffusers"):
         assert 100 << 20 < alone.memory("embedded", "diffusers", "bfloat16", "cpu") < 1 << 30
         assert alone.cold_start(embedded(), "diffusers", steps=1) < 120
 

@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -142,6 +143,13 @@ def test_fewer_than_three_pairs_are_part_of_the_prompt():
 @settings(deadline=None)
 def test_any_text_is_read_without_error(text):
     I.parse_parameters(text + "\n" + text)
+
+
+@pytest.mark.parametrize("text", ["a" * 100_000, "a " * 50_000, " " * 100_000])
+def test_a_long_text_is_read_in_no_time(text):
+    began = time.process_time()
+    assert I.parse_parameters(f"x\n{text}") == ({"prompt": f"x\n{text}"}, {})
+    assert time.process_time() - began < 3
 
 
 def test_forged_values_stay_text_for_the_pipeline_to_refuse():

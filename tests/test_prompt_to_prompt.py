@@ -165,6 +165,16 @@ def test_a_words_map_is_where_queries_agree_with_its_key():
     assert heat[6:, :2].max() < 0.01
 
 
+def test_however_many_words_are_watched_attention_is_computed_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(p2p, "sdpa", lambda q, k, v, site: calls.append(site) or v)
+    maps = [p2p.Maps((span,), 8, 8) for span in ((1,), (2,), (1, 2))]
+    q, k = torch.randn(1, 2, 64, 4), torch.randn(1, 2, 5, 4)
+    p2p.watched(lambda x, sigma, attend: attend(q, k, k, CROSS), maps)(torch.zeros(1), torch.zeros(()))
+    assert calls == [CROSS]
+    assert all(m.heat().max() == 1 for m in maps)
+
+
 def test_outside_its_region_the_target_is_the_source():
     region = p2p.Region(words=(((1,),), ((1,),)), below=5.0, threshold=0.5)
     x = torch.zeros(2, 4, 8, 8)

@@ -69,6 +69,11 @@ def test_drawn_seeds_are_reported_and_the_same_in_both_parts(tiny_pipe):
     assert again.tobytes() == picture.tobytes()
 
 
+def test_a_rule_that_names_no_layer_is_told_of(tiny_pipe):
+    with pytest.raises(ValueError, match=r"guidance must name layers with self-attention, in .*, got 'nowhere'"):
+        refine(tiny_pipe, tiny_pipe, "a cat", guidance="cfg(3) + pag(2, 'nowhere')", steps=2, progress=False)
+
+
 @pytest.mark.parametrize("handoff", [-0.1, 1.1, float("nan"), "0.8"])
 def test_bad_handoffs(tiny_pipe, handoff):
     with pytest.raises((ValueError, TypeError), match="handoff"):

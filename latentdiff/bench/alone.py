@@ -22,8 +22,8 @@ pipe("a cat", num_inference_steps=int(sys.argv[3]), guidance_scale=7.5).images[0
 """
 
 
-def memory(model: str, who: str, dtype: str, device: str) -> int:
-    """Bytes that a process held at most from building a model to the end of a step and a decode, less what it drew weights with."""
+def memory(model: str, who: str, dtype: str, device: str) -> int | None:
+    """Bytes that a process held at most during a step and a decode, its model among them; None where that cannot be read."""
     command = [sys.executable, "-m", "latentdiff.bench.alone", "memory", model, who, dtype, device]
     return json.loads(run(command).splitlines()[-1])
 

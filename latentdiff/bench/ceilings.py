@@ -57,11 +57,11 @@ def best_time(run: Callable[[], Tensor], device: torch.device, seconds: float) -
         return shortest(again, device, seconds) / times
 
 
-def shortest(run: Callable[[], object], device: torch.device, seconds: float, most: int = 20) -> float:
+def shortest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Seconds of the shortest of several runs in a row, after one that warms up."""
     clocked(run, device)
     start, best, done = time.perf_counter(), float("inf"), 0
-    while done < 2 or (done < most and time.perf_counter() - start < seconds):
+    while done < 2 or (done < 20 and time.perf_counter() - start < seconds):
         best = min(best, clocked(run, device))
         done += 1
     return best
@@ -76,10 +76,7 @@ def repeat(run: Callable[[], Tensor], times: int) -> Tensor:
 @torch.no_grad()
 def best_kernels(work: Counter[Product], device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> dict[Product, float]:
     """For each product, the seconds of the fastest way to do it that this torch has, by itself and warm."""
-    found = {}
-    for product in work:
-        found[product] = min(best_time(run, device, seconds) for run in ways(product, device, dtype))
-    return found
+    return {product: min(best_time(run, device, seconds) for run in ways(product, device, dtype)) for product in work}
 
 
 def ways(product: Product, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.bench.machine import installed
 from latentdiff.checkpoints import configs
 from latentdiff.checkpoints.fill import on_meta
 from latentdiff.checkpoints.io import Parts
 from latentdiff.conditioning import chunk
+from latentdiff.doctor import installed
 from latentdiff.loading import ready
 from latentdiff.pipeline import Pipeline
 

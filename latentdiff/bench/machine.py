@@ -7,11 +7,12 @@ import platform
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from latentdiff.doctor import installed
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "stable-fast", "latentdiff")
 
@@ -34,13 +35,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "gpu_state": gpu_state()}
     return facts
-
-
-def installed(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,11 @@ def options(parts: Parts, device: torch.device, dtype: torch.dtype, *, steps: in
 
 def ways(parts: Parts, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Pipeline, float | str]]:
     """A pipeline and its guidance for each."""
+
+    def changed(**how: Any) -> tuple[Pipeline, float]:
+        own = replace(parts, unet=copy.deepcopy(parts.unet))  # which is changed in place
+        return ready(own, device, dtype, **how), GUIDANCE
+
     pipe = ready(parts, device, dtype)
     found: dict[str, tuple[Pipeline, float | str]] = {
         "as it is": (pipe, GUIDANCE),
@@ -48,14 +54,11 @@ def ways(parts: Parts, device: torch.device, dtype: torch.dtype) -> dict[str, tu
     }
     if device.type == "cpu":
         for width in ("int8", "bfloat16") if dtype == torch.float32 else ("int8",):
-            own = replace(parts, unet=copy.deepcopy(parts.unet))
-            found[f"weights kept in {width}"] = ready(own, device, dtype, weights=width), GUIDANCE
+            found[f"weights kept in {width}"] = changed(weights=width)
     if device.type == "cpu" and multiplies_int8(dtype):
-        own = replace(parts, unet=copy.deepcopy(parts.unet))
-        found["products in int8"] = ready(own, device, dtype, int8=True), GUIDANCE
+        found["products in int8"] = changed(int8=True)
     if device.type == "cuda" and has_float8(device) and dtype == torch.bfloat16:
-        own = replace(parts, unet=copy.deepcopy(parts.unet))
-        found["linear layers in float8"] = ready(own, device, dtype, float8=True), GUIDANCE
+        found["linear layers in float8"] = changed(float8=True)
     return found
 
 

@@ -59,14 +59,14 @@ def _model(name: str, model: Report) -> Iterator[str]:
         for option in model["options"]:
             yield f"| {option['name']} | {seconds(option['p50'])} | {option['ratio']:.2f}× | {option['change']:.2f} |"
     for title, memory in model.get("memory", {}).items():
-        yield f"\nPeak memory, {title}: " + ", ".join(f"{who} {size / 2**30:.2f} GiB" for who, size in memory.items()) + "."
+        sizes = {who: "not known here" if size is None else f"{size / 2**30:.2f} GiB" for who, size in memory.items()}
+        yield f"\nPeak memory, {title}: {', '.join(f'{who} {size}' for who, size in sizes.items())}."
     for text in model.get("notes", []):
         yield f"\n{text}"
 
 
 def _table(title: str, stage: Report) -> Iterator[str]:
-    rate = stage.get("rate", "1/s")
-    yield f"\n**{title}**\n\n| | dtype | p50 | p90 | p99 | first | {rate} | rounds | ours is |"
+    yield f"\n**{title}**\n\n| | dtype | p50 | p90 | p99 | first | {stage['rate']} | rounds | ours is |"
     yield "|---" * 9 + "|"
     for who, row in stage["rows"].items():
         claim = row.get("against")

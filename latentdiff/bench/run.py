@@ -18,7 +18,7 @@ from latentdiff.bench import alone
 from latentdiff.bench.ceilings import best_kernels, big_product, ceiling, datasheet, shortest
 from latentdiff.bench.contestants import Contestant, Run, contestants
 from latentdiff.bench.ladder import ladder
-from latentdiff.bench.machine import describe, installed
+from latentdiff.bench.machine import describe
 from latentdiff.bench.options import options
 from latentdiff.bench.report import Report, markdown, plot
 from latentdiff.bench.subjects import subject
@@ -27,9 +27,12 @@ from latentdiff.bench.work import Product, flops, products, shares
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.checkpoints.fill import on_meta
 from latentdiff.checkpoints.io import Parts
+from latentdiff.doctor import installed
+from latentdiff.images import check_folder
 from latentdiff.loading import best_device, best_dtype, checked_device, checked_dtype, embedded
 from latentdiff.models.unet import UNet
 from latentdiff.models.vae import VAE
+from latentdiff.request import MAX_PICTURES, integer
 
 Model = Literal["embedded", "sd15", "sd21", "sdxl"]
 Stage = Literal["text", "step", "loop", "decode", "picture"]
@@ -97,6 +100,8 @@ def bench(
     """
     if quick:
         models, seconds, steps, batches, processes = ("embedded",), 1.5, 8, (1,), False
+    steps, batches = integer("steps", steps, 1, 1000), [integer("batches", n, 1, MAX_PICTURES) for n in batches]
+    check_folder(out)
     place = best_device() if device is None else checked_device(device)
     kind = best_dtype(place) if dtype is None else checked_dtype(dtype)
     others = [checked_dtype(other) for other in peer_dtypes]
@@ -284,14 +289,18 @@ def turns(
     times = in_turns(runs, device, seconds=seconds)
     title += "".join(f"; {name} failed" for name in runs if name not in times)
     dtypes = {c.name: c.dtype for c in entrants}
-    rows: dict[str, Report] = {}
-    for name, own in times.items():
-        rows[name] = row(own, pictures) | {"dtype": dtypes.get(name, "")}
-        if name != next(iter(times)):
-            found = compare(next(iter(times.values())).seconds, own.seconds)
-            rows[name]["against"] = asdict(found) | {"verdict": found.verdict}
+    rows = {name: row(own, pictures) | {"dtype": dtypes[name]} for name, own in times.items()}
+    claim(rows)
     rate = "steps/s" if stage == "step" else "prompts/s" if stage == "text" else "pictures/s"
     return {"stage": stage, "title": title, "pictures": pictures, "rate": rate, "rows": rows}
+
+
+def claim(rows: dict[str, Report]) -> None:
+    """Put beside each but the first, ours, how it compares with that."""
+    ours, *others = rows.values()
+    for other in others:
+        found = compare(ours["seconds"], other["seconds"])
+        other["against"] = asdict(found) | {"verdict": found.verdict}
 
 
 def row(times: Times, pictures: int = 1) -> Report:
@@ -310,11 +319,11 @@ def mlperf_like(entrants: list[Contestant], device: torch.device, seconds: float
 def on_end(ours: Contestant, device: torch.device, seconds: float, steps: int) -> Report:
     """Ours alone, picture after picture: the last quarter against the first shows whether the chip throttles."""
     tell(f"pictures for {seconds:.0f} s")
-    times = in_turns({ours.name: ours.picture(steps, 1)}, device, seconds=seconds, most=1_000_000)
-    quarter = max(1, len(times[ours.name].seconds) // 4)
-    first, last = times[ours.name].seconds[:quarter], times[ours.name].seconds[-quarter:]
+    times = in_turns({ours.name: ours.picture(steps, 1)}, device, seconds=seconds, most=1_000_000)[ours.name]
+    quarter = max(1, len(times.seconds) // 4)
+    first, last = times.seconds[:quarter], times.seconds[-quarter:]
     title = f"Pictures for {seconds:.0f} s on end; last quarter / first quarter: {sum(last) / sum(first):.3f}"
-    return {"stage": "sustained", "title": title, "pictures": 1, "rate": "pictures/s", "rows": {ours.name: row(times[ours.name])}}
+    return {"stage": "sustained", "title": title, "pictures": 1, "rate": "pictures/s", "rows": {ours.name: row(times)}}
 
 
 def choices(parts: Parts, device: torch.device, dtype: torch.dtype, seconds: float, steps: int) -> list[Report]:
@@ -340,7 +349,7 @@ def rungs(parts: Parts, device: torch.device, dtype: torch.dtype, seconds: float
 # ---------------------------------------------------------------------------------------------------- processes of their own
 
 
-def memory(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+def memory(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, int | None]]:
     """Peak bytes of a step and a decode, each contestant in a process of its own, both in our dtype."""
     tell("memory, in processes of their own")
     kind = str(dtype).removeprefix("torch.")
@@ -357,7 +366,5 @@ def cold_start() -> Report:
         for one in who:
             taken[one].append(alone.cold_start(embedded(), one))
     rows = {one: row(Times(first=own[0], seconds=tuple(own))) for one, own in taken.items()}
-    for one in who[1:]:
-        found = compare(taken["latentdiff"], taken[one])
-        rows[one]["against"] = asdict(found) | {"verdict": found.verdict}
+    claim(rows)
     return {"rows": rows, "rate": "1/s"}

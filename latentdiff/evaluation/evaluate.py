@@ -138,7 +138,7 @@ class Report:
     settings: Mapping[str, Any]
 
     def markdown(self) -> str:
-        lines = ["# Evaluation", "", ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, [], ""))]
+        lines = ["# Evaluation", "", ", ".join(f"{k} {v}" for k, v in self.settings.items())]
         if self.numbers:
             lines += ["", "| measure | value | what it means |", "| --- | --- | --- |"]
             lines += [f"| {name} | {value:.4g} | {MEANINGS[name]} |" for name, value in self.numbers.items()]
@@ -152,7 +152,7 @@ def sampler_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     steps, found = list(dict.fromkeys(row["steps"] for row in rows)), {}
     for row in rows:
         sampler, spacing = resolve(row["sampler"])
-        names, at = found.setdefault((row.get("rule") or SAME.get(sampler, sampler), spacing or row["spacing"]), ({}, {}))
+        names, at = found.setdefault((row["rule"], spacing or row["spacing"]), ({}, {}))
         names[sampler], at[row["steps"]] = None, row
     heads = ["sampler", "grid", "evaluations", *(f"{what} {n}" for what in ("FID", "CLIP") for n in steps)]
     best = {("fid", n): min(at[n]["fid"] for _, at in found.values()) for n in steps}
@@ -242,21 +242,17 @@ def open_exam(config: Evaluation, size: int) -> Exam:
 
 def drawings_exam(drawings: Drawings, config: Evaluation, size: int) -> Exam:
     """Everyday ideas to draw; all concepts as names; the held-out drawings, and what other hands made of their concepts."""
-
-    def words(concept: str) -> str:
-        return drawings.words[concept]["phrases"][0]
-
     held_out = drawings.held_out[: config.pictures]
     concepts = [drawings.records[i]["concept"] for i in held_out]
     by_others = [
         next(i for i in drawings.hands[c] if drawings.records[i]["style"] != drawings.records[k]["style"])
         for c, k in zip(concepts, held_out, strict=True)
     ]
-    everyday = list(dict.fromkeys(words(c) for c in drawings.everyday))
+    everyday = list(dict.fromkeys(map(drawings.prompt, drawings.everyday)))
     return Exam(
         prompts=picked(everyday, config.prompts, config.seed),
-        names=list(dict.fromkeys(drawings.concept_prompts())),
-        captions=[words(c) for c in concepts],
+        names=list(dict.fromkeys(map(drawings.prompt, drawings.concepts))),
+        captions=[drawings.prompt(c) for c in concepts],
         held_out=[Image.fromarray(drawings.plain(i, size)) for i in held_out],
         others=[Image.fromarray(drawings.plain(i, size)) for i in by_others],
     )

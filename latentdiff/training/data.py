@@ -181,16 +181,14 @@ def square_picture(content: bytes, size: int) -> np.ndarray:
         return np.array(ImageOps.fit(open_picture(image), (size, size), Image.Resampling.LANCZOS))
 
 
-def open_source(
-    path: str | Path, size: int, *, compose: ComposeConfig | None = None, max_bad: float = 0.05
-) -> DrawingSource | FileSource:
+def open_source(path: str | Path, size: int, *, compose: ComposeConfig | None = None) -> DrawingSource | FileSource:
     """What lies at `path`: built drawings (`compose` says how), a WebDataset tar, or a folder of captioned pictures."""
     path = Path(path)
     if (path / "index.json").is_file() and (path / "drawings.npy").is_file():
         return DrawingSource(Drawings(path), compose or ComposeConfig(), size)
     if path.suffix == ".tar":
-        return FileSource.tar(path, size, max_bad=max_bad)
-    return FileSource.folder(path, size, max_bad=max_bad)
+        return FileSource.tar(path, size)
+    return FileSource.folder(path, size)
 
 
 # ------------------------------------------------------------------------------------------------ order

@@ -74,6 +74,8 @@ class ComposeConfig:
             raise ValueError(f"pair + several + triple is {self.pair + self.several + self.triple}, must be at most 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale is {self.scale}, must be (least, most) with 0 < least <= most <= 1")
+        if not 0 <= self.offset <= 0.5:
+            raise ValueError(f"offset is {self.offset}, must lie from 0 to 0.5, so that a drawing's middle is in the picture")
         for share, of in (("favour", "favourites"), ("handed", "hand")):
             if getattr(self, share) and not getattr(self, of):
                 raise ValueError(f"{share} is {getattr(self, share)}, must be 0 without {of}")
@@ -113,15 +115,15 @@ class Drawings:
 
     def _split(self, share: float) -> list[int]:
         low = [_fraction(f"{r['package']}:{r['name']}") < share for r in self.records]
-        safe = {(r["concept"], r["style"]) for r, is_low in zip(self.records, low, strict=True) if not is_low}
-        drawn: dict[str, set[str]] = {}
-        for concept, style in safe:
-            drawn.setdefault(concept, set()).add(style)
+        drawn: dict[str, set[str]] = {}  # concept -> the hands that are not low
+        for r, is_low in zip(self.records, low, strict=True):
+            if not is_low:
+                drawn.setdefault(r["concept"], set()).add(r["style"])
         return [i for i, r in enumerate(self.records) if low[i] and drawn.get(r["concept"], set()) - {r["style"]}]
 
-    def concept_prompts(self) -> list[str]:
-        """What one would type for each of `concepts`: "a cat". A few ideas share a prompt ("a sad face")."""
-        return [self.words[name]["phrases"][0] for name in self.concepts]
+    def prompt(self, concept: str) -> str:
+        """What one would type for a concept: "a cat". A few share a prompt ("a sad face")."""
+        return self.words[concept]["phrases"][0]
 
     def plain(self, index: int, size: int, scale: float = 0.88) -> np.ndarray:
         """uint8 [size, size, 3]: a drawing in the middle of a white picture, as evaluation wants it."""

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from latentdiff.checkpoints.files import read_json, write_text
+from latentdiff.loading import best_dtype
 from latentdiff.training import checkpoint
 from latentdiff.training.ema import EMA
 
@@ -106,13 +107,6 @@ class LoopConfig:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
 
 
-def native_bf16() -> bool:
-    """Whether bf16 arithmetic is native here: recent CUDA devices, or a CPU with AVX512-BF16 or AMX."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def processes() -> PartialState:
     """Which process this is, of how many. accelerate joins processes without a GPU only if it is told `cpu`."""
     return PartialState(cpu=not torch.accelerator.is_available())
@@ -127,7 +121,8 @@ def once(work: Callable[[], object]) -> None:
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """bf16 where `precision` (LoopConfig's) wants it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and native_bf16()))
+    wanted = precision == "bf16" or (precision == "auto" and best_dtype(device) == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def quick_attention(device: torch.device) -> AbstractContextManager[object]:

@@ -57,7 +57,7 @@ def test_the_split_depends_on_the_names_alone(tiny: Drawings, drawings_folder: P
 
 
 def test_every_concept_has_a_prompt(tiny: Drawings) -> None:
-    prompts = dict(zip(tiny.concepts, tiny.concept_prompts(), strict=True))
+    prompts = {concept: tiny.prompt(concept) for concept in tiny.concepts}
     assert prompts["cat face"] == "a cat"
     assert prompts["cat"] == "a standing cat"  # the whole animal: one prompt, one picture
     assert prompts["one o'clock"] == "a clock showing one o'clock"
@@ -255,7 +255,8 @@ def test_an_unknown_favourite_or_hand_is_refused(tiny: Drawings) -> None:
     ("options", "said"),
     [({"everyday": 1.5}, "everyday is 1.5"), ({"pair": 0.6, "triple": 0.6}, r"pair \+ several \+ triple is"),
      ({"favour": 0.5}, "favour is 0.5, must be 0 without favourites"), ({"handed": 0.5}, "handed is 0.5, must be 0 without hand"),
-     ({"scale": (0.9, 0.5)}, "scale is"), ({"mirror": -0.1}, "mirror is -0.1"), ({"white": float("nan")}, "white is nan")],
+     ({"scale": (0.9, 0.5)}, "scale is"), ({"offset": 1.0}, "offset is 1.0"),
+     ({"mirror": -0.1}, "mirror is -0.1"), ({"white": float("nan")}, "white is nan")],
 )  # fmt: skip
 def test_bad_compose_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
