@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -411,7 +411,7 @@ def run(
     plan, sigmas = jobs[0].plan, jobs[0].asked.sigmas
     sigmas = sigmas if z is None else shortened(pipe.schedule, sigmas, plan.strength, exact=True)
     make = Maker(pipe, unet, pipe.times(sigmas))
-    found = invert(pipe, make, jobs, conds[0], z, sigmas)
+    found = invert(pipe, make, jobs, conds[0], z, sigmas, progress)
     old_guidance = plan.guidance if z is None or plan.inversion == "null-text" else 1.0
     old, new = make(*conds[0], old_guidance, found), make(*conds[1], plan.guidance, found)
     old_words, new_words = ([p2p.words(pipe.text, job.asked.prompts[k], conds[k][0].tokens) for job in jobs] for k in range(2))
@@ -509,6 +509,7 @@ def invert(
     conds: tuple[Cond, Cond],
     z: Float[Tensor, "b c h w"] | None,
     sigmas: Float[Tensor, " steps+1"],
+    progress: bool,
 ) -> Inversion:
     """The runs that rebuild z; from noise where there are no pictures.
 
@@ -526,21 +527,29 @@ def invert(
         known.clear()
         rows = [*first.values()]
         randn = request.randn([seeds[k] for k in rows])
-        known[of_all] = invert_alone(make, plan, conds[0].rows(rows), conds[1].rows(rows), z[rows], sigmas, randn)
+        each = partial(tqdm, desc="inversion", disable=not progress, unit="step", dynamic_ncols=True)
+        known[of_all] = invert_alone(make, plan, conds[0].rows(rows), conds[1].rows(rows), z[rows], sigmas, randn, each)
     return known[of_all].rows([[*first].index(key) for key in keys])
 
 
 def invert_alone(
-    make: Maker, plan: Plan, cond: Cond, uncond: Cond, z: Float[Tensor, "b c h w"], sigmas: Float[Tensor, " steps+1"], randn: Randn
+    make: Maker,
+    plan: Plan,
+    cond: Cond,
+    uncond: Cond,
+    z: Float[Tensor, "b c h w"],
+    sigmas: Float[Tensor, " steps+1"],
+    randn: Randn,
+    each: inversion.Each,
 ) -> Inversion:
     """Of these pictures z under these conditions, as the plan says."""
     if plan.inversion == "edit-friendly":
-        return inversion.edit_friendly(make.plain(cond), z, sigmas, randn)
-    found = inversion.ddim(make.plain(cond), z, sigmas)
+        return inversion.edit_friendly(make.plain(cond), z, sigmas, randn, each=each)
+    found = inversion.ddim(make.plain(cond), z, sigmas, each=each)
     if plan.inversion == "ddim" or plan.guidance == 1:
         return found
     assert isinstance(uncond.context, Tensor)
-    return inversion.null_text(found, make.plain(cond), make.untold(uncond), uncond.context, plan.guidance)
+    return inversion.null_text(found, make.plain(cond), make.untold(uncond), uncond.context, plan.guidance, each=each)
 
 
 # ------------------------------------------------------------------------------------------------------------ looking at words

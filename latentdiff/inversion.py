@@ -8,7 +8,7 @@ the pictures of a batch share network calls, nothing else: each is found, and le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,8 @@ from latentdiff.diffusion.singlestep import Randn, ancestral_split, carry, steps
 Latents = Float[Tensor, "b c h w"]
 Grid = Float[Tensor, " steps+1"]
 Context = Float[Tensor, "b n d"]
+Each = Callable[[list[tuple[int, float, float]]], Iterable[tuple[int, float, float]]]
+"""Hands on the steps of an inversion, (index, level, next level), and may show how far it is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +57,7 @@ def final_state(z: Latents, sigmas: Grid) -> Latents:
     return z * (1 + sigmas[-1] ** 2).sqrt()
 
 
-def ddim(denoise: Denoise, z: Latents, sigmas: Grid, iterations: int = 6, enough: float = 1e-7) -> Inversion:
+def ddim(denoise: Denoise, z: Latents, sigmas: Grid, iterations: int = 6, enough: float = 1e-7, *, each: Each = iter) -> Inversion:
     """The deterministic sampler backwards (Song et al., arXiv 2010.02502, section 4.3), each step solved and not only guessed.
 
     A step forwards is x' = x0 + r (x - x0) with x0 = denoise(x, s) and r = s' / s. Backwards, x stands on both sides. Newton's
@@ -64,7 +66,7 @@ def ddim(denoise: Denoise, z: Latents, sigmas: Grid, iterations: int = 6, enough
     what is left is rounding. enough: mean square error of unit-variance latents to stop at; fifty steps of it are about 50 dB.
     """
     states = [final_state(z, sigmas)]
-    for i, s, s_next in reversed(list(steps(sigmas))):
+    for i, s, s_next in each([*steps(sigmas)][::-1]):
         ratio, target = s_next / s, states[-1]
         slope = (1 - ratio) / (1 + s**2) + ratio
         x = target * math.sqrt((1 + s**2) / (1 + s_next**2))  # the same picture, noise and all, at the level above
@@ -99,7 +101,7 @@ def like(rows: Tensor, x: Tensor) -> Tensor:
     return rows.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def edit_friendly(denoise: Denoise, z: Latents, sigmas: Grid, randn: Randn, eta: float = 1.0) -> Inversion:
+def edit_friendly(denoise: Denoise, z: Latents, sigmas: Grid, randn: Randn, eta: float = 1.0, *, each: Each = iter) -> Inversion:
     """The noise that DDPM would have to draw to pass through independently noised versions of the picture.
 
     Huberman-Spiegelglas et al. (arXiv 2304.06140), algorithm 1; x at a level is z + sigma · noise, as everywhere here.
@@ -108,7 +110,7 @@ def edit_friendly(denoise: Denoise, z: Latents, sigmas: Grid, randn: Randn, eta:
     states = [*(z + s * randn(z) for s in sigmas[:-1]), end]
     noises: list[Latents] = []
     x, rest = states[0], None
-    for i, s, s_next in steps(sigmas):
+    for i, s, s_next in each([*steps(sigmas)]):
         down, up = ancestral_split(s, s_next, eta)
         mean = carry(x, denoise(x, sigmas[i]), down / s)
         if up > 0:
@@ -129,6 +131,7 @@ def null_text(
     inner: int = 20,
     rate: float = 1e-2,
     enough: tuple[float, float] = (1e-5, 1e-3),
+    each: Each = iter,
 ) -> Inversion:
     """Unconditional contexts with which the guided run follows the unguided one (Mokady et al., arXiv 2211.09794, algorithm 1).
 
@@ -137,7 +140,7 @@ def null_text(
     the first level and at the last.
     """
     x, nulls, states = found.states[0], [], [found.states[0]]
-    for i, s, s_next in steps(found.sigmas):
+    for i, s, s_next in each([*steps(found.sigmas)]):
         target, scale = found.states[i + 1], 1 / math.sqrt(1 + s_next**2)
         x0_told, held = told(x, found.sigmas[i]).detach(), x
 

@@ -239,7 +239,7 @@ def test_a_photo_is_inverted_once_for_all_targets(tiny_pipe, monkeypatch, invert
     targets, rows, plain = ["a dog", "a red apple", "a house"], [], getattr(inversion, way)
     options = TWO | {"source": "a cat", "method": "prompt-to-prompt", "inversion": inverted, "guidance": 2.0}
     alone = [tiny_pipe.edit(photo(), target=t, **options | {"seed": TWO["seed"] + k}) for k, t in enumerate(targets)]
-    monkeypatch.setattr(inversion, way, lambda denoise, z, *rest: rows.append(len(z)) or plain(denoise, z, *rest))
+    monkeypatch.setattr(inversion, way, lambda denoise, z, *rest, **more: rows.append(len(z)) or plain(denoise, z, *rest, **more))
     edits = tiny_pipe.edit(photo(), target=targets, batch=batch, **options)
     assert sum(rows) == (3 if inverted == "edit-friendly" else 1)  # which draws other noise for each
     for k in range(3):
@@ -249,6 +249,16 @@ def test_a_photo_is_inverted_once_for_all_targets(tiny_pipe, monkeypatch, invert
     rows.clear()
     tiny_pipe.edit([photo(), photo(seed=1), photo()], target=targets, batch=batch, **options)
     assert sum(rows) == 3
+
+
+@pytest.mark.parametrize("way", ["edit-friendly", "ddim", "null-text"])
+def test_an_inversion_shows_how_far_it_is(tiny_pipe, capsys, way):
+    options = TWO | {"source": "a cat", "target": "a dog", "method": way, "guidance": 2.0}
+    tiny_pipe.edit(photo(), **options | {"progress": False})
+    assert not capsys.readouterr().err
+    tiny_pipe.edit(photo(), **options | {"progress": True})
+    begun = [line.startswith("inversion: ") for line in capsys.readouterr().err.split("\r") if "  0%" in line]
+    assert begun == [True, True, False][way != "null-text" :]
 
 
 @pytest.mark.parametrize("method", METHODS)

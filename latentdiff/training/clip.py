@@ -21,7 +21,7 @@ from latentdiff.models.text import Tokenizer, TowerSpec
 from latentdiff.training.checkpoint import latest
 from latentdiff.training.data import PictureSource, batches, open_source
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, fit, once
+from latentdiff.training.loop import LoopConfig, fit, once, store
 from latentdiff.training.vae import to_float
 
 LARGEST_SCALE = math.log(100)  # of the logits (Radford et al., section 2.5)
@@ -178,7 +178,7 @@ def train_clip(config: CLIPTraining) -> Any:
         return value, {"scale": scale.detach(), "top1": right.float().mean()}
 
     trained = fit(TwoTowers(clip), loss, stream, config, meta=meta).clip
-    once(lambda: save_clip(trained, words, config.out / "model"))
+    store(lambda folder: save_clip(trained, words, folder), config.out / "model")
     return trained
 
 

@@ -11,6 +11,7 @@ Several processes are started by `accelerate launch` or `torchrun`: `torchrun --
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -117,6 +118,13 @@ def once(work: Callable[[], object]) -> None:
     if processes().is_main_process:
         work()
     processes().wait_for_everyone()
+
+
+def store(save: Callable[[Path], object], folder: Path) -> None:
+    """Save what was trained, on the main process, which says where."""
+    once(lambda: save(folder))
+    if processes().is_main_process:
+        print(f"the model lies in {folder}", file=sys.stderr)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -38,7 +38,7 @@ from latentdiff.training.checkpoint import digest
 from latentdiff.training.clip import token_ids
 from latentdiff.training.data import FileSource, PictureSource, open_source, order, pictures_at
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, autocast, check_run, differences, fit, near, once, plain, processes
+from latentdiff.training.loop import LoopConfig, autocast, check_run, differences, fit, near, once, plain, processes, store
 from latentdiff.training.vae import to_float
 
 DRAWINGS = 40_000  # pictures composed of them
@@ -204,7 +204,7 @@ def train_unet(config: UNetTraining) -> UNet:
     rewrite(trained, white.to)
     rest = config.clip / "clip" if (config.clip / "clip" / "config.json").is_file() else None
     parts = Parts(spec=spec, unet=trained, vae=vae, text_encoders=(tower,), tokenizers=(words,), title=config.out.name, clip=rest)
-    once(lambda: save_folder(parts, config.out / "model"))
+    store(lambda folder: save_folder(parts, folder), config.out / "model")
     return trained
 
 

@@ -22,7 +22,7 @@ from latentdiff.models.vae import VAE, VAEConfig
 from latentdiff.training.checkpoint import digest
 from latentdiff.training.data import PictureSource, batches, open_source
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, fit, once
+from latentdiff.training.loop import LoopConfig, fit, store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def train_vae(config: VAETraining) -> VAE:
 
     meta = {"network": "vae", "sizes": repr(sizes), "data": source.fingerprint()}
     trained = fit(AutoEncoder(vae), loss, stream, config, meta=meta, sample=sample).vae
-    once(lambda: save_vae(trained, sizes, source, config.out / "model" / "vae"))
+    store(lambda folder: save_vae(trained, sizes, source, folder), config.out / "model" / "vae")
     return trained
 
 
