@@ -144,12 +144,8 @@ def _kronecker(first: Tensor, second: Tensor) -> Tensor:
     return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
 
 
-@dataclass(frozen=True, eq=False)
-class Lora:
-    """The changes of one file, by network and weight."""
-
-    title: str
-    changes: Mapping[Target, Change]
+Lora = Mapping[Target, Change]
+"""The changes of one file, by network and weight."""
 
 
 def read_lora(path: str | os.PathLike, networks: Networks, *, allow_pickle: bool = False) -> Lora:
@@ -171,7 +167,7 @@ def read_lora(path: str | os.PathLike, networks: Networks, *, allow_pickle: bool
     shapes = {network: {k: v.to("meta") for k, v in module.state_dict().items()} for network, module in networks.items()}
     for (network, name), change in changes.items():
         _check(file.path, f"{network} {name}", change, shapes[network], name)
-    return Lora(Path(path).stem, changes)
+    return changes
 
 
 def _sorted_keys(file: TensorFile, targets: Mapping[str, Target]) -> tuple[dict[Target, dict[str, str]], list[str]]:
@@ -284,7 +280,7 @@ def with_loras(networks: Networks, loras: Sequence[tuple[Lora, float]], *, merge
     """
     by_weight: dict[Target, list[tuple[Change, float]]] = {}
     for lora, scale in loras:
-        for target, change in lora.changes.items():
+        for target, change in lora.items():
             if scale != 0:
                 by_weight.setdefault(target, []).append((change, scale))
     made = {}
