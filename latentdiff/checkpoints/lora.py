@@ -221,7 +221,10 @@ def _change(file: TensorFile, target: Target, roles: Mapping[str, str], said: Ma
         if alpha.numel() != 1 or not alpha.isfinite().all():
             raise CheckpointError(f"{file.path}: {roles['alpha']} must be one finite number, found {alpha}")
         return Change(tensors, float(alpha))
-    return _with_alpha(Change(tensors), target, said)
+    try:
+        return _with_alpha(Change(tensors), target, said)
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+        raise CheckpointError(f"{file.path}: peft's configuration gives no alpha for {target[1]} ({error})") from None
 
 
 def _peft_config(file: TensorFile) -> dict[str, Any]:
@@ -250,6 +253,8 @@ def _with_alpha(change: Change, target: Target, said: Mapping[str, Any]) -> Chan
     if alpha is None or rank is None:
         return change
     root = math.sqrt(rank) if said.get(f"{prefix}.use_rslora") else 1.0
+    if not math.isfinite(alpha):
+        raise ValueError(f"{alpha!r} is not finite")
     return replace(change, alpha=float(alpha) * root, said=rank)
 
 

@@ -563,6 +563,24 @@ def test_what_nothing_takes_is_an_error_that_lists_it(sd15, tmp_path, fault):
     assert str(tmp_path / "l.safetensors") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"unet.lora_alpha": "high"},
+        {"unet.lora_alpha": float("nan")},
+        {"unet.lora_alpha": 10**400},
+        {"unet.lora_alpha": 1, "unet.alpha_pattern": ["to_q"]},
+        {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}},
+    ],
+)
+def test_a_header_without_a_number_for_alpha(sd15, tmp_path, said):
+    down, up = pair(weight(sd15, "unet", LINEAR))
+    tensors = {f"unet.{LINEAR}.lora_A.weight": down, f"unet.{LINEAR}.lora_B.weight": up}
+    write_safetensors(tmp_path / "l.safetensors", tensors, {"lora_adapter_metadata": json.dumps(said)})
+    with pytest.raises(CheckpointError, match=rf"l\.safetensors: peft's configuration gives no alpha for {LINEAR}"):
+        read_lora(tmp_path / "l.safetensors", sd15)
+
+
 def test_a_lora_of_another_family_is_refused(sd15, sdxl, tmp_path, everywhere):
     with pytest.raises(CheckpointError, match=r"made for another"):
         read_lora(everywhere(), sdxl)
