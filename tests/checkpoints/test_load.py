@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentdiff.checkpoints import configs, detect, families, keymap
+from latentdiff.checkpoints import configs, detect, families, keymap, tokenizer
 from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, open_tensors, write_safetensors
 from latentdiff.checkpoints.io import load_parts, networks, single_sources
 from latentdiff.checkpoints.report import inspect
@@ -437,6 +437,14 @@ def test_a_folder_without_its_tokenizer(copied, sd15):
         load_parts(path)
 
 
+def merged(folder: Path, pair: str) -> None:
+    """A pair that the vocabulary does not know, in whichever file has its merges."""
+    tokenizer.write(folder, tokenizer.read(folder)[0], 49407)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    with (folder / "merges.txt").open("a", encoding="utf-8") as f:
+        f.write(pair)
+
+
 TOKENIZERS = {
     "empty": (lambda t: [p.unlink() for p in t.iterdir()], "expected vocab.json and merges.txt, or tokenizer.json, found nothing"),
     "half": (
@@ -445,6 +453,8 @@ TOKENIZERS = {
     ),
     "another's": (lambda t: (t / "tokenizer.json").write_text("{}"), r"are not a CLIP tokenizer's \(KeyError\('model'\)\)"),
     "torn": (lambda t: (t / "tokenizer.json").write_text('{"model'), r"tokenizer\.json: this is no JSON"),
+    "another's merges": (lambda t: merged(t, "猫 猫"), "vocabulary and merges are not of one tokenizer .*猫"),
+    "no number": (lambda t: (t / "added_tokens.json").write_text('{"a": 49408, "b": "x"}'), "are not a CLIP tokenizer's"),
 }  # fmt: skip
 
 
