@@ -52,7 +52,7 @@ class UNetConfig:
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name}={getattr(self, name)}: needs {levels} entries, as block_out_channels has")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if channels % self.norm_groups or channels % heads:
+            if min(self.norm_groups, heads) < 1 or channels % self.norm_groups or channels % heads:
                 raise ValueError(
                     f"block_out_channels={self.block_out_channels}: each must be a multiple of "
                     f"norm_groups={self.norm_groups} and of its entry in heads={self.heads}"

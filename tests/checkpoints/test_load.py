@@ -28,6 +28,7 @@ from latentdiff.checkpoints.save import (
     single_tensors,
 )
 from latentdiff.models.unet import UNet
+from latentdiff.models.vae_tiny import TinyVAEConfig
 
 ALL = list(families.FAMILIES.values())
 
@@ -660,6 +661,10 @@ def test_what_our_unet_cannot_do_is_refused(field):
         ("cross_attention_dim", None, None),
         ("in_channels", "4", "in_channels must be int, found '4'"),
         ("in_channels", True, "in_channels must be int, found True"),
+        ("down_block_types", [["DownBlock2D"]] * 4, "down_block_types"),
+        ("down_block_types", ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"], "down_block_types"),
+        ("cross_attention_dim", [[768], [768]], r"cross_attention_dim must be one whole number, found \[\[768\], \[768\]\]"),
+        ("norm_num_groups", 0, "each must be a multiple of norm_groups=0"),
     ],
 )
 def test_bad_values_in_a_config(field, value, message):
@@ -670,6 +675,19 @@ def test_bad_values_in_a_config(field, value, message):
         return
     with pytest.raises(CheckpointError, match=message):
         configs.read_unet(config)
+
+
+@pytest.mark.parametrize("widths", [["64"], [64, None], [[64]], [64, 32]])
+def test_bad_widths_of_a_tiny_autoencoder(widths):
+    config = configs.Config(Path("vae.json"), configs.vae_json(TinyVAEConfig()) | {"encoder_block_out_channels": widths})
+    with pytest.raises(CheckpointError, match=r"vae\.json: encoder"):
+        configs.read_vae(config)
+
+
+def test_a_text_tower_of_no_size():
+    config = configs.Config(Path("text.json"), configs.tower_json(families.CLIP_L) | {"num_hidden_layers": -1})
+    with pytest.raises(CheckpointError, match=r"text\.json: layer must be"):
+        configs.read_tower(config, pad=0, begin=1, end=2)
 
 
 def test_towers_and_unet_must_fit(copied):
