@@ -802,6 +802,12 @@ def test_a_tiny_autoencoder_stands_in(folder, tmp_path):
         save_single(parts, tmp_path / "x.safetensors")
 
 
+def test_a_single_file_of_a_model_with_a_tiny_autoencoder(single, sd15):
+    spec = replace(sd15.spec, vae=TinyVAEConfig())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a single file holds no tiny autoencoder; give it as `vae`"):
+        load_parts(single, spec=spec)
+
+
 def test_a_vae_of_other_latents(copied, folder):
     path = copied("sd21")
     edit(path / "vae" / "config.json", latent_channels=16)
