@@ -18,6 +18,7 @@ from latentdiff.models import onednn
 from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, repeated, sdpa
 from latentdiff.models.convolution import Conv2d
 from latentdiff.models.fused import conv_add, conv_enlarged, conv_norm_silu, norm_silu
+from latentdiff.models.vae import check_channels
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """(features [b, c, h, w], skip connection [b, d, h, w], number of the up block) -> [b, c + d, h, w]"""
@@ -361,8 +362,7 @@ class UNet(nn.Module):
         self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None, guidance_embedding: Tensor | None
     ) -> None:
         config, rows = self.config, rows_of(context)
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(f"x has shape {list(x.shape)}: needs [batch, {config.in_channels}, height, width]")
+        check_channels("x", x, config.in_channels)
         if not isinstance(context, Tensor) and len(context) != self.cross_attentions:
             raise ValueError(f"context has {len(context)} entries: needs {self.cross_attentions}, as project_context makes")
         if rows < len(x) or (rows % len(x) if len(x) else rows):
