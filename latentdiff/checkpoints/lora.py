@@ -253,9 +253,10 @@ def _with_alpha(change: Change, target: Target, said: Mapping[str, Any]) -> Chan
     if alpha is None or rank is None:
         return change
     root = math.sqrt(rank) if said.get(f"{prefix}.use_rslora") else 1.0
+    alpha = float(alpha) * root
     if not math.isfinite(alpha):
-        raise ValueError(f"{alpha!r} is not finite")
-    return replace(change, alpha=float(alpha) * root, said=rank)
+        raise ValueError(f"{alpha} is not finite")
+    return replace(change, alpha=alpha, said=rank)
 
 
 def _check(path: Path, where: str, change: Change, state: Mapping[str, Tensor], name: str) -> None:
