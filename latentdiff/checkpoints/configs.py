@@ -135,11 +135,10 @@ class Config:
     def one(self, name: str, default: int | None = None) -> int:
         """A number, or a list that holds it again and again."""
         value = self.get(name, (int, list), default)
-        if isinstance(value, list):
-            if len(set(value)) != 1 or type(value[0]) is not int:
-                raise CheckpointError(f"{self.path}: {name} must be one whole number, found {value!r}")
-            value = value[0]
-        return value
+        several = value if isinstance(value, list) else [value]
+        if not several or any(type(v) is not int or v != several[0] for v in several):
+            raise CheckpointError(f"{self.path}: {name} must be one whole number, found {value!r}")
+        return several[0]
 
     def check(self, allowed: Mapping[str, tuple]) -> None:
         for name, values in allowed.items():
@@ -179,15 +178,16 @@ def read_unet(config: Config) -> UNetConfig:
 
 
 def _attention_levels(config: Config, n: int) -> tuple[bool, ...]:
-    names = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
     usual = [True] * (n - 1) + [False]
     down = config.get("down_block_types", list, [_down(a) for a in usual])
     up = config.get("up_block_types", list, [_up(a) for a in reversed(usual)])
-    if len(down) != n or [names.get(b) for b in down] != [names.get(b) for b in reversed(up)] or None in map(names.get, down):
+    found = tuple(block == _down(True) for block in down)
+    if len(down) != n or down != [_down(a) for a in found] or up != [_up(a) for a in reversed(found)]:
+        names = ", ".join(block(a) for block in (_down, _up) for a in (True, False))
         raise CheckpointError(
-            f"{config.path}: down_block_types {down} and up_block_types {up} must be {n} each, mirrored, of {', '.join(names)}"
+            f"{config.path}: down_block_types {down} and up_block_types {up} must be {n} each, mirrored, of {names}"
         )
-    return tuple(names[b] for b in down)
+    return found
 
 
 def _down(attention: bool) -> str:
@@ -232,15 +232,15 @@ def read_vae(config: Config) -> VAEConfig | TinyVAEConfig:
 
 def _read_tiny(config: Config) -> TinyVAEConfig:
     config.check(TINY_FIXED)
-    widths = {*config.get("encoder_block_out_channels", list, [64]), *config.get("decoder_block_out_channels", list, [64])}
-    if len(widths) != 1:
-        raise CheckpointError(f"{config.path}: encoder and decoder need one width throughout, found {sorted(widths)}")
+    widths = [config.one(f"{half}_block_out_channels", 64) for half in ("encoder", "decoder")]
+    if widths[0] != widths[1]:
+        raise CheckpointError(f"{config.path}: encoder and decoder need one width throughout, found {widths}")
     return _built(
         config,
         TinyVAEConfig,
         in_channels=config.get("in_channels", int, 3),
         latent_channels=config.get("latent_channels", int, 4),
-        width=widths.pop(),
+        width=widths[0],
         encoder_blocks=tuple(config.get("num_encoder_blocks", list, [1, 3, 3, 3])),
         decoder_blocks=tuple(config.get("num_decoder_blocks", list, [3, 3, 3, 1])),
         scale=float(config.get("scaling_factor", (float, int), 1.0)),
@@ -250,7 +250,9 @@ def _read_tiny(config: Config) -> TinyVAEConfig:
 def read_tower(config: Config, *, pad: int, begin: int, end: int) -> TowerSpec:
     """A `text_encoder/config.json`; the token ids are the tokenizer's, since the ones in old files are wrong."""
     config.check({"hidden_act": ("quick_gelu", "gelu")})
-    return TowerSpec(
+    return _built(
+        config,
+        TowerSpec,
         width=config.get("hidden_size", int, 512),
         mlp=config.get("intermediate_size", int, 2048),
         layers=config.get("num_hidden_layers", int, 12),

@@ -66,13 +66,14 @@ def fill(module: M, file: TensorFile, sources: Mapping[str, Source], options: Op
 
 
 def _check_shapes(module: nn.Module, file: TensorFile, sources: Mapping[str, Source], what: str) -> None:
-    missing = [s.name for s in sources.values() if s.name not in file.entries]
-    if what.endswith("VAE") and len(missing) == len(sources):
+    names = dict.fromkeys(source.name for source in sources.values())
+    missing = [name for name in names if name not in file.entries]
+    if what.endswith("VAE") and len(missing) == len(names):
         raise CheckpointError(f"{file.path}: there is no VAE in this file; give one as `vae` (--vae): a file, a folder or a hub id")
     if missing:
         raise CheckpointError(
-            f"{file.path}: {len(set(missing))} of {len(set(s.name for s in sources.values()))} tensors of the {what} are missing: "
-            f"{some_names(dict.fromkeys(missing))}. The file is incomplete, or of another architecture"
+            f"{file.path}: {len(missing)} of {len(names)} tensors of the {what} are missing: {some_names(missing)}. "
+            "The file is incomplete, or of another architecture"
         )
     wrong = []
     for name, tensor in module.state_dict().items():

@@ -198,6 +198,8 @@ def _load_single(path: Path, prediction: Prediction | None, vae: Path | None, op
     made = networks(spec)
     if vae is not None:
         made.pop("vae", None)
+    elif "vae" not in made:
+        raise CheckpointError(f"{path}: a single file holds no tiny autoencoder; give it as `vae` (--vae): a file or a folder")
     plan = single_sources(made, found.layout)
     check_leftovers(file, (s for part in plan.values() for s in part.values()), f"{spec.name} model", spare=vae is not None)
     if options.ema:

@@ -144,12 +144,8 @@ def _kronecker(first: Tensor, second: Tensor) -> Tensor:
     return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
 
 
-@dataclass(frozen=True, eq=False)
-class Lora:
-    """The changes of one file, by network and weight."""
-
-    title: str
-    changes: Mapping[Target, Change]
+Lora = Mapping[Target, Change]
+"""The changes of one file, by network and weight."""
 
 
 def read_lora(path: str | os.PathLike, networks: Networks, *, allow_pickle: bool = False) -> Lora:
@@ -171,7 +167,7 @@ def read_lora(path: str | os.PathLike, networks: Networks, *, allow_pickle: bool
     shapes = {network: {k: v.to("meta") for k, v in module.state_dict().items()} for network, module in networks.items()}
     for (network, name), change in changes.items():
         _check(file.path, f"{network} {name}", change, shapes[network], name)
-    return Lora(Path(path).stem, changes)
+    return changes
 
 
 def _sorted_keys(file: TensorFile, targets: Mapping[str, Target]) -> tuple[dict[Target, dict[str, str]], list[str]]:
@@ -225,7 +221,10 @@ def _change(file: TensorFile, target: Target, roles: Mapping[str, str], said: Ma
         if alpha.numel() != 1 or not alpha.isfinite().all():
             raise CheckpointError(f"{file.path}: {roles['alpha']} must be one finite number, found {alpha}")
         return Change(tensors, float(alpha))
-    return _with_alpha(Change(tensors), target, said)
+    try:
+        return _with_alpha(Change(tensors), target, said)
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+        raise CheckpointError(f"{file.path}: peft's configuration gives no alpha for {target[1]} ({error})") from None
 
 
 def _peft_config(file: TensorFile) -> dict[str, Any]:
@@ -254,7 +253,10 @@ def _with_alpha(change: Change, target: Target, said: Mapping[str, Any]) -> Chan
     if alpha is None or rank is None:
         return change
     root = math.sqrt(rank) if said.get(f"{prefix}.use_rslora") else 1.0
-    return replace(change, alpha=float(alpha) * root, said=rank)
+    alpha = float(alpha) * root
+    if not math.isfinite(alpha):
+        raise ValueError(f"{alpha} is not finite")
+    return replace(change, alpha=alpha, said=rank)
 
 
 def _check(path: Path, where: str, change: Change, state: Mapping[str, Tensor], name: str) -> None:
@@ -284,7 +286,7 @@ def with_loras(networks: Networks, loras: Sequence[tuple[Lora, float]], *, merge
     """
     by_weight: dict[Target, list[tuple[Change, float]]] = {}
     for lora, scale in loras:
-        for target, change in lora.changes.items():
+        for target, change in lora.items():
             if scale != 0:
                 by_weight.setdefault(target, []).append((change, scale))
     made = {}

@@ -63,7 +63,10 @@ def read(folder: Path) -> tuple[Tokenizer, int]:
         if name not in vocab and name not in added:
             raise CheckpointError(f"{folder}: {what} {name!r} is not in the vocabulary")
     words = [word for word, _ in sorted(added.items(), key=lambda item: item[1]) if word not in vocab]
-    tokenizer = Tokenizer(vocab, merges, begin=begin, end=end, length=length, added=words)
+    try:
+        tokenizer = Tokenizer(vocab, merges, begin=begin, end=end, length=length, added=words)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{folder}: vocabulary and merges are not of one tokenizer ({error!s:.200})") from None
     if moved := [word for word in words if tokenizer.id(word) != added[word]]:
         raise CheckpointError(
             f"{folder}: added words must follow the vocabulary's {len(vocab)} ids; {moved[0]!r} has {added[moved[0]]}"
@@ -83,7 +86,7 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
     try:
         added = {str(t["content"]): int(t["id"]) for t in fast.get("added_tokens", [])}
         if "added_tokens.json" in found:
-            added |= read_json(folder / "added_tokens.json")
+            added |= {word: int(id) for word, id in read_json(folder / "added_tokens.json").items()}
         if {"vocab.json", "merges.txt"} <= found:
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [_pair(line) for line in lines if line and not line.startswith("#version")]

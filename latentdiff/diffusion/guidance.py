@@ -31,12 +31,12 @@ def guided(denoiser: Denoiser, cond, uncond=None, rule: Rule | None = None) -> D
     if uncond is None and (not lone or any(view.negative for term in rule.terms for view in term.needs)):
         raise ValueError(f"uncond must be given: {rule.text if lone else 'a sum of prompts'} compares with the negative prompt")
     always = (PROMPT,) if lone else (PROMPT, NEGATIVE)
+    conds, weights = [c for c, _ in parts], [weight for _, weight in parts]
     evaluators: dict[Any, Callable[[Latents, Tensor], list[Latents]]] = {}
 
     def denoise(x: Latents, sigma: Tensor) -> Latents:
         terms = rule.at(float(sigma))
         views = tuple(dict.fromkeys([*always, *(view for term in terms for view in term.needs)]))
-        conds = [c for c, _ in parts]
         slots: list[tuple[View, Any]] = [(view, c) for view in views for c in ([uncond] if view.negative else conds)]
         entries = {len(c) for _, c in slots}
         if entries != {len(x)}:  # of a multiple of them the network would take one picture's for another's
@@ -48,7 +48,6 @@ def guided(denoiser: Denoiser, cond, uncond=None, rule: Rule | None = None) -> D
         for (view, _), x0 in zip(slots, evaluators[views, merge](x, sigma), strict=True):
             seen[view].append(x0)
         negative = seen.get(NEGATIVE, [None])[0]
-        weights = [weight for _, weight in parts]
         x0 = {view: xs[0] if lone or view.negative else _together(xs, weights, negative) for view, xs in seen.items()}
         return rule.combine(x0, terms)
 

@@ -211,7 +211,7 @@ class GraphedDecoder:
 
     def __call__(self, z: Tensor) -> Tensor:
         """z [b, c, h, w] to pictures; as the VAE's `decode`."""
-        if torch.is_grad_enabled() or z.numel() // z.shape[1] > self.largest:
+        if torch.is_grad_enabled() or len(z) * z.shape[-2:].numel() > self.largest:
             return self.vae.decode(z)
         return self.known.run(self.vae.decode, [z])
 

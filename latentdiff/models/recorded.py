@@ -205,7 +205,7 @@ class Recorded:
         self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None = None, **seams: Any
     ) -> Tensor:
         """As `UNet.forward`: noisy latents, times or their shifts, the prompt, and SDXL's vector to the prediction, like x."""
-        if seams or isinstance(context, Tensor) or not pays(x, PLACES * len(x) // rows_of(context)):
+        if seams or isinstance(context, Tensor) or not pays(x, rows_of(context), PLACES):
             return self.unet(x, t, context, vector, **seams)
         inputs = [x, t, *([] if vector is None else [vector]), *[part for pair in context for part in pair]]
         call = partial(self.unet, x, t, context, vector)
@@ -224,10 +224,11 @@ class RecordedDecoder:
     def __call__(self, z: Tensor) -> Tensor:
         """z [b, c, h, w] to pictures."""
         call = partial(self.vae.decode, z)
-        return self.book.run([z], call) if pays(z, PLACES // 4) else call()
+        return self.book.run([z], call) if pays(z, len(z), PLACES // 4) else call()
 
 
-def pays(x: Tensor, places: int) -> bool:
-    """Whether to write down what is done with x: nothing is to be learnt, nobody else watches, and it is small."""
+def pays(x: Tensor, rows: int, places: int) -> bool:
+    """Whether to write down what is done with so many rows of x's height and width: nothing is to be learnt, nobody else watches,
+    and they have no more than these places."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    return not watched and type(x) in (Tensor, nn.Parameter) and x.numel() <= places * x.shape[1]
+    return not watched and type(x) in (Tensor, nn.Parameter) and rows * x.shape[-2:].numel() <= places

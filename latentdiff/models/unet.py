@@ -18,6 +18,7 @@ from latentdiff.models import onednn
 from latentdiff.models.attention import Attend, Attention, KeysValues, Site, Transformer, TransformerBlock, repeated, sdpa
 from latentdiff.models.convolution import Conv2d
 from latentdiff.models.fused import conv_add, conv_enlarged, conv_norm_silu, norm_silu
+from latentdiff.models.vae import check_channels
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """(features [b, c, h, w], skip connection [b, d, h, w], number of the up block) -> [b, c + d, h, w]"""
@@ -52,7 +53,7 @@ class UNetConfig:
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name}={getattr(self, name)}: needs {levels} entries, as block_out_channels has")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if channels % self.norm_groups or channels % heads:
+            if min(self.norm_groups, heads) < 1 or channels % self.norm_groups or channels % heads:
                 raise ValueError(
                     f"block_out_channels={self.block_out_channels}: each must be a multiple of "
                     f"norm_groups={self.norm_groups} and of its entry in heads={self.heads}"
@@ -361,8 +362,7 @@ class UNet(nn.Module):
         self, x: Tensor, t: Tensor, context: Tensor | list[KeysValues], vector: Tensor | None, guidance_embedding: Tensor | None
     ) -> None:
         config, rows = self.config, rows_of(context)
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(f"x has shape {list(x.shape)}: needs [batch, {config.in_channels}, height, width]")
+        check_channels("x", x, config.in_channels)
         if not isinstance(context, Tensor) and len(context) != self.cross_attentions:
             raise ValueError(f"context has {len(context)} entries: needs {self.cross_attentions}, as project_context makes")
         if rows < len(x) or (rows % len(x) if len(x) else rows):

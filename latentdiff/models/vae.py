@@ -33,7 +33,7 @@ class VAEConfig:
     sample_size: int = 512  # native height and width, in pixels
 
     def __post_init__(self):
-        if any(channels % self.norm_groups for channels in self.block_out_channels):
+        if self.norm_groups < 1 or any(channels % self.norm_groups for channels in self.block_out_channels):
             raise ValueError(
                 f"block_out_channels={self.block_out_channels}: each must be a multiple of norm_groups={self.norm_groups}"
             )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentdiff.checkpoints import configs, detect, families, keymap
+from latentdiff.checkpoints import configs, detect, families, keymap, tokenizer
 from latentdiff.checkpoints.files import CheckpointError, Entry, TensorFile, open_tensors, write_safetensors
 from latentdiff.checkpoints.io import load_parts, networks, single_sources
 from latentdiff.checkpoints.report import inspect
@@ -28,6 +28,7 @@ from latentdiff.checkpoints.save import (
     single_tensors,
 )
 from latentdiff.models.unet import UNet
+from latentdiff.models.vae_tiny import TinyVAEConfig
 
 ALL = list(families.FAMILIES.values())
 
@@ -444,6 +445,14 @@ def test_a_folder_without_its_tokenizer(copied, sd15):
         load_parts(path)
 
 
+def merged(folder: Path, pair: str) -> None:
+    """A pair that the vocabulary does not know, in whichever file has its merges."""
+    tokenizer.write(folder, tokenizer.read(folder)[0], 49407)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    with (folder / "merges.txt").open("a", encoding="utf-8") as f:
+        f.write(pair)
+
+
 TOKENIZERS = {
     "empty": (lambda t: [p.unlink() for p in t.iterdir()], "expected vocab.json and merges.txt, or tokenizer.json, found nothing"),
     "half": (
@@ -452,6 +461,8 @@ TOKENIZERS = {
     ),
     "another's": (lambda t: (t / "tokenizer.json").write_text("{}"), r"are not a CLIP tokenizer's \(KeyError\('model'\)\)"),
     "torn": (lambda t: (t / "tokenizer.json").write_text('{"model'), r"tokenizer\.json: this is no JSON"),
+    "another's merges": (lambda t: merged(t, "猫 猫"), "vocabulary and merges are not of one tokenizer .*猫"),
+    "no number": (lambda t: (t / "added_tokens.json").write_text('{"a": 49408, "b": "x"}'), "are not a CLIP tokenizer's"),
 }  # fmt: skip
 
 
@@ -657,6 +668,10 @@ def test_what_our_unet_cannot_do_is_refused(field):
         ("cross_attention_dim", None, None),
         ("in_channels", "4", "in_channels must be int, found '4'"),
         ("in_channels", True, "in_channels must be int, found True"),
+        ("down_block_types", [["DownBlock2D"]] * 4, "down_block_types"),
+        ("down_block_types", ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"], "down_block_types"),
+        ("cross_attention_dim", [[768], [768]], r"cross_attention_dim must be one whole number, found \[\[768\], \[768\]\]"),
+        ("norm_num_groups", 0, "each must be a multiple of norm_groups=0"),
     ],
 )
 def test_bad_values_in_a_config(field, value, message):
@@ -667,6 +682,19 @@ def test_bad_values_in_a_config(field, value, message):
         return
     with pytest.raises(CheckpointError, match=message):
         configs.read_unet(config)
+
+
+@pytest.mark.parametrize("widths", [["64"], [64, None], [[64]], [64, 32]])
+def test_bad_widths_of_a_tiny_autoencoder(widths):
+    config = configs.Config(Path("vae.json"), configs.vae_json(TinyVAEConfig()) | {"encoder_block_out_channels": widths})
+    with pytest.raises(CheckpointError, match=r"vae\.json: encoder"):
+        configs.read_vae(config)
+
+
+def test_a_text_tower_of_no_size():
+    config = configs.Config(Path("text.json"), configs.tower_json(families.CLIP_L) | {"num_hidden_layers": -1})
+    with pytest.raises(CheckpointError, match=r"text\.json: layer must be"):
+        configs.read_tower(config, pad=0, begin=1, end=2)
 
 
 def test_towers_and_unet_must_fit(copied):
@@ -779,6 +807,12 @@ def test_a_tiny_autoencoder_stands_in(folder, tmp_path):
     assert torch.allclose(parts.vae.encode(image), tiny.encode(image).latents, atol=1e-5)
     with pytest.raises(ValueError, match="a tiny autoencoder has no names in the single-file layout"):
         save_single(parts, tmp_path / "x.safetensors")
+
+
+def test_a_single_file_of_a_model_with_a_tiny_autoencoder(single, sd15):
+    spec = replace(sd15.spec, vae=TinyVAEConfig())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a single file holds no tiny autoencoder; give it as `vae`"):
+        load_parts(single, spec=spec)
 
 
 def test_a_vae_of_other_latents(copied, folder):

@@ -124,7 +124,7 @@ def test_old_diffusers_names(sd15, tmp_path):
         tensors |= {f"{theirs}.down.weight": down, f"{theirs}.up.weight": up}
     write_safetensors(tmp_path / "l.safetensors", tensors)
     lora = read_lora(tmp_path / "l.safetensors", sd15)
-    assert {name for _, name in lora.changes} == set(names.values())
+    assert {name for _, name in lora} == set(names.values())
 
 
 def test_sdxl_in_both_of_its_spellings_and_all_of_its_networks(sdxl, tmp_path):
@@ -149,11 +149,11 @@ def test_sdxl_in_both_of_its_spellings_and_all_of_its_networks(sdxl, tmp_path):
     for name, tensors in files.items():
         write_safetensors(tmp_path / f"{name}.safetensors", tensors)
         read.append(read_lora(tmp_path / f"{name}.safetensors", sdxl))
-    assert len(read[0].changes) == len(names) + 2
+    assert len(read[0]) == len(names) + 2
     for other in read[1:]:
-        assert set(other.changes) == set(read[0].changes)
-        for target, change in other.changes.items():
-            assert all(torch.equal(t, read[0].changes[target].tensors[role]) for role, t in change.tensors.items())
+        assert set(other) == set(read[0])
+        for target, change in other.items():
+            assert all(torch.equal(t, read[0][target].tensors[role]) for role, t in change.tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_the_refiners_only_tower_is_also_called_the_second(folder, tmp_path, pre
     nets = networks(load_parts(folder("sdxl-refiner")))
     name = prefix + (TEXT if prefix.endswith(".") else TEXT.replace(".", "_"))
     write_safetensors(tmp_path / "l.safetensors", kohya(name, *pair(weight(nets, "text 0", TEXT))))
-    assert set(read_lora(tmp_path / "l.safetensors", nets).changes) == {("text 0", TEXT)}
+    assert set(read_lora(tmp_path / "l.safetensors", nets)) == {("text 0", TEXT)}
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_merged_equals_the_formula(sd15, everywhere):
     lora = read_lora(everywhere(), sd15)
     merged = with_loras(sd15, [(lora, 0.6)])
     hooks = []
-    for (network, name), change in lora.changes.items():
+    for (network, name), change in lora.items():
         layer = sd15[network].get_submodule(name)
         down, up = change.tensors["down"], change.tensors["up"]
 
@@ -298,7 +298,7 @@ def test_several_at_once(sd15, everywhere):
     a, b = read_lora(everywhere(1), sd15), read_lora(everywhere(1000), sd15)
     both = with_loras(sd15, [(a, 0.5), (b, -0.3)])
     w = weight(sd15, "unet", LINEAR)
-    changes = [0.5 * a.changes["unet", LINEAR].delta(w.shape), -0.3 * b.changes["unet", LINEAR].delta(w.shape)]
+    changes = [0.5 * a["unet", LINEAR].delta(w.shape), -0.3 * b["unet", LINEAR].delta(w.shape)]
     assert torch.allclose(weight(both, "unet", LINEAR), w + changes[0] + changes[1], atol=1e-7)
     swapped = with_loras(sd15, [(b, -0.3), (a, 0.5)])
     close(run(swapped), run(both))
@@ -336,7 +336,7 @@ def test_peft_alphas_from_the_header(sd15, tmp_path):
         down, up = pair(weight(sd15, network, name))
         tensors |= {f"{prefix}.{name}.lora_A.weight": down, f"{prefix}.{name}.lora_B.weight": up}
     write_safetensors(tmp_path / "l.safetensors", tensors, {"lora_adapter_metadata": json.dumps(said)})
-    changes = read_lora(tmp_path / "l.safetensors", sd15).changes
+    changes = read_lora(tmp_path / "l.safetensors", sd15)
     assert changes["unet", LINEAR].strength == 4
     assert changes["unet", CONV].strength == 2
     assert changes["text 0", TEXT].strength == pytest.approx(9 / 3**0.5)
@@ -430,7 +430,7 @@ def test_peft_agrees_on_alphas_by_pattern(sd15, tmp_path):
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, alpha_pattern=patterns, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(sd15["unet"]), config)
     model.save_pretrained(tmp_path)
-    changes = read_lora(tmp_path / "adapter_model.safetensors", sd15).changes
+    changes = read_lora(tmp_path / "adapter_model.safetensors", sd15)
     scalings = {target: model.get_submodule(f"base_model.model.{target}").scaling["default"] for target in targets}
     assert {target: changes["unet", target].strength for target in targets} == scalings
 
@@ -563,6 +563,24 @@ def test_what_nothing_takes_is_an_error_that_lists_it(sd15, tmp_path, fault):
     assert str(tmp_path / "l.safetensors") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"unet.lora_alpha": "high"},
+        {"unet.lora_alpha": float("nan")},
+        {"unet.lora_alpha": 10**400},
+        {"unet.lora_alpha": 1, "unet.alpha_pattern": ["to_q"]},
+        {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}},
+    ],
+)
+def test_a_header_without_a_number_for_alpha(sd15, tmp_path, said):
+    down, up = pair(weight(sd15, "unet", LINEAR))
+    tensors = {f"unet.{LINEAR}.lora_A.weight": down, f"unet.{LINEAR}.lora_B.weight": up}
+    write_safetensors(tmp_path / "l.safetensors", tensors, {"lora_adapter_metadata": json.dumps(said)})
+    with pytest.raises(CheckpointError, match=rf"l\.safetensors: peft's configuration gives no alpha for {LINEAR}"):
+        read_lora(tmp_path / "l.safetensors", sd15)
+
+
 def test_a_lora_of_another_family_is_refused(sd15, sdxl, tmp_path, everywhere):
     with pytest.raises(CheckpointError, match=r"made for another"):
         read_lora(everywhere(), sdxl)
@@ -629,7 +647,7 @@ def test_a_file_that_peft_trained_and_diffusers_saved(folder, tmp_path):
     assert "lora_adapter_metadata" in open_tensors(path).metadata
     nets = networks(load_parts(folder("sd15")))
     lora = read_lora(path, nets)
-    assert {change.strength for change in lora.changes.values()} == {4.0}
+    assert {change.strength for change in lora.values()} == {4.0}
     torch.manual_seed(0)
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 5, 32)
     close(with_loras(nets, [(lora, 1.0)])["unet"](x, t, context), pipe.unet(x, t, context).sample)

@@ -16,6 +16,7 @@ from latentdiff.loading import ready
 from latentdiff.models import onednn, recorded
 from latentdiff.models.attention import Attention, sdpa
 from latentdiff.models.convolution import Conv2d
+from latentdiff.models.graphs import GraphedDecoder
 from latentdiff.models.narrow import narrow
 from latentdiff.models.recorded import Calls, Changed, Recorded, RecordedDecoder
 from latentdiff.models.unet import UNet, UNetConfig
@@ -205,6 +206,24 @@ def test_inputs_of_all_kinds(unet, forwards):
     same(net, x.repeat(2, 1, 1, 1), t.repeat(2), [(k.repeat(2, 1, 1, 1),) * 2 for k, _ in prompt], vector.repeat(2, 1))
     assert len(net.book.known) == 1
     same(net, x, t, one, vector)
+
+
+@torch.no_grad()
+def test_of_no_pictures_it_makes_none(unet):
+    net = Recorded(unet)
+    for _ in range(2):
+        same(net, *inputs(unet, batch=0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(4,), (4, 8), (1, 0, 8, 8)])
+def test_other_shapes_are_told_of_as_ever(unet, tiny_parts, shape):
+    x, vae, (_, *rest) = torch.zeros(shape), tiny_parts().vae, inputs(unet, batch=1)
+    with pytest.raises(ValueError, match="x has shape"):
+        Recorded(unet)(x, *rest)
+    for decoder in (RecordedDecoder(vae), GraphedDecoder(vae)):
+        with pytest.raises(ValueError, match="z has shape"):
+            decoder(x)
 
 
 def test_weights_made_in_inference_mode():
