@@ -102,8 +102,8 @@ def whole_or_tiled(run: Callable[[Tensor], Tensor], x: Float[Tensor, "b c h w"],
     can differ a little from one tile to the next. Errors: MemoryError.
     """
     what = "decode" if pixels == 1 else "encode"
-    height, width = (side // pixels for side in x.shape[-2:])
     done, tile = attempt(lambda: run(x), lambda: run(x)), TILE
+    height, width = (side // pixels for side in x.shape[-2:])
     while done is None:
         tile = min(tile, (max(height, width) + 1) // 2)
         if tile <= OVERLAP:

@@ -247,7 +247,7 @@ class Pipeline:
             batch=batch,
             pictured=bool(found),
         )
-        self._check_layers(asked.rule)
+        self.check_layers(asked.rule)
         asked = begun(self, asked, given, found)
         return Run(self.run(asked), len(asked.sigmas) - 1)
 
@@ -427,7 +427,7 @@ class Pipeline:
         prepare = shared(lambda *conds: joined(conds).to(dtype=dtype).project(unet, times))
         return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=prepare)
 
-    def _check_layers(self, rule: Rule) -> None:
+    def check_layers(self, rule: Rule) -> None:
         """Errors: ValueError if a rule names a layer without self-attention in this U-Net: it would do nothing, at full cost."""
         names = [module.site.name for module in self.unet.modules() if isinstance(module, Attention) and not module.cross]
         for layer in (layer for term in rule.terms for view in term.needs for layer in view.blind):

@@ -75,7 +75,7 @@ def refine(
             size=base.spec.size if size is None else size,
             batch=batch,
         )
-        pipe._check_layers(made.rule)
+        pipe.check_layers(made.rule)
         return made
 
     first = asked(base, seed)

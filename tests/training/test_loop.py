@@ -95,6 +95,12 @@ def test_the_clock_stops_a_run_that_goes_on_later(tmp_path: Path, monkeypatch: p
         assert torch.equal(a, b), name
 
 
+def test_it_says_where_the_model_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop.store(Path.mkdir, tmp_path / "model")
+    assert (tmp_path / "model").is_dir()
+    assert capsys.readouterr().err == f"the model lies in {tmp_path / 'model'}\n"
+
+
 def test_a_finished_run_is_read_not_trained(tmp_path: Path) -> None:
     whole = train(config(tmp_path))
 
