@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -199,18 +200,24 @@ def options_of(kind: str, parameters: str | None) -> dict[str, Any]:
     comment = UTF16 + (parameters or "").encode("utf-16-be", "surrogatepass")
     if not parameters or len(comment) > MAX_COMMENT:
         return {"quality": 95}
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    return {"quality": 95, "exif": exif}
+    return {"quality": 95, "exif": exif_of(comment)}
+
+
+def exif_of(comment: bytes) -> bytes:
+    """EXIF of the user's comment alone, of the type that it is to have, undefined (7): Pillow would write bytes (1), at which other
+    programs' readers fail."""
+    end, pointer = 0, (ExifTags.IFD.Exif, 4, 1, 26)  # a directory of one entry, which says where the next one begins
+    entry = ExifTags.Base.UserComment, 7, len(comment), 44
+    return b"Exif\0\0MM\0*" + struct.pack(">IHHHIIIHHHIII", 8, 1, *pointer, end, 1, *entry, end) + comment
 
 
 def parameters_of(image: Image.Image) -> str | None:
     """What `options_of` wrote, if it is there and can be read."""
     text = image.info.get("parameters")
-    if text is None:
+    if text is None and "exif" in image.info:  # or a PNG would be decoded, to look behind its pixels
         try:
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-        except (OSError, SyntaxError, ValueError, TypeError):  # damaged
+        except Exception:  # whatever PIL's parser raises on damaged EXIF
             return None
         if isinstance(comment, bytes) and comment.startswith(UTF16):
             text = comment.removeprefix(UTF16).decode("utf-16-be", "replace")

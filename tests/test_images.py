@@ -88,17 +88,37 @@ def test_a_recipe_too_long_for_a_jpeg_does_not_keep_it_from_being_saved(tmp_path
 
 
 @pytest.mark.parametrize(
-    "exif", [b"", b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0II*\0\x08\0\0\0\x01\0i\x87\4\0\1\0\0\0\xff\xff\xff\xff"]
+    "exif", [b"", b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0MM\0*", b"Exif\0\0II*\0\x08\0\0\0\x01\0i\x87\4\0\1\0\0\0\xff\xff\xff\xff"]
 )
 def test_other_comments_and_damaged_exif_are_no_recipe(tmp_path, exif):
-    Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg", exif=exif)
-    with pytest.raises(ValueError, match="carries no recipe"):
-        I.read_recipe(tmp_path / "a.jpg")
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name, exif=exif)
+        with pytest.raises(ValueError, match="carries no recipe"):
+            I.read_recipe(tmp_path / name)
     other = Image.Exif()
     other.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a cat, Steps: 3"
     Image.new("RGB", (2, 2)).save(tmp_path / "b.jpg", exif=other)
     with pytest.raises(ValueError, match="carries no recipe"):
         I.read_recipe(tmp_path / "b.jpg")
+
+
+def test_the_comment_has_the_type_that_exif_asks_for(tmp_path):
+    image, text = Image.new("RGB", (2, 2)), "a cat\nSteps: 1, Sampler: ddim, Seed: 0"
+    image.info["parameters"] = text
+    for suffix in (".jpg", ".webp"):
+        I.save_image(image, tmp_path / f"a{suffix}")
+        with Image.open(tmp_path / f"a{suffix}") as saved:
+            comment = saved.getexif().get_ifd(0x8769)[0x9286]
+            assert b"\x92\x86\0\7" + struct.pack(">I", len(comment)) in saved.info["exif"]  # 7: undefined; as piexif wants it
+        assert comment == b"UNICODE\0" + text.encode("utf-16-be")
+
+
+def test_pixels_are_not_decoded_to_look_for_a_recipe(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(13_000, 13_000))  # that has no such pixels
+    with pytest.warns(Image.DecompressionBombWarning):
+        image = Image.open(tmp_path / "a.png")
+    image.load = lambda: pytest.fail("decoded")
+    assert I.parameters_of(image) is None
 
 
 def test_the_text_is_what_other_programs_read():
