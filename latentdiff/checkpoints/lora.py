@@ -253,10 +253,10 @@ def _with_alpha(change: Change, target: Target, said: Mapping[str, Any]) -> Chan
     if alpha is None or rank is None:
         return change
     root = math.sqrt(rank) if said.get(f"{prefix}.use_rslora") else 1.0
-    alpha = float(alpha) * root
-    if not math.isfinite(alpha):
-        raise ValueError(f"{alpha} is not finite")
-    return replace(change, alpha=alpha, said=rank)
+    made = replace(change, alpha=float(alpha) * root, said=rank)
+    if not math.isfinite(made.strength):
+        raise ValueError(f"{made.alpha} / {rank} is not finite")
+    return made
 
 
 def _check(path: Path, where: str, change: Change, state: Mapping[str, Tensor], name: str) -> None:

@@ -581,6 +581,16 @@ def test_a_header_without_a_number_for_alpha(sd15, tmp_path, said):
         read_lora(tmp_path / "l.safetensors", sd15)
 
 
+@pytest.mark.parametrize("rank", [float("nan"), 1e-320, "4", [4]])
+def test_a_header_without_a_number_for_the_rank(sd15, tmp_path, rank):
+    w = weight(sd15, "unet", LINEAR)
+    tensors = {f"unet.{LINEAR}.lokr_w1": torch.ones(2, 2), f"unet.{LINEAR}.lokr_w2": torch.ones(w.shape[0] // 2, w.shape[1] // 2)}
+    said = {"unet.alpha": 2, "unet.r": rank}  # whole matrices, which have none of their own
+    write_safetensors(tmp_path / "l.safetensors", tensors, {"lora_adapter_metadata": json.dumps(said)})
+    with pytest.raises(CheckpointError, match=rf"l\.safetensors: peft's configuration gives no alpha for {LINEAR}"):
+        read_lora(tmp_path / "l.safetensors", sd15)
+
+
 def test_a_lora_of_another_family_is_refused(sd15, sdxl, tmp_path, everywhere):
     with pytest.raises(CheckpointError, match=r"made for another"):
         read_lora(everywhere(), sdxl)
