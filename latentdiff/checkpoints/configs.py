@@ -122,6 +122,8 @@ class Config:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
             wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise CheckpointError(f"{self.path}: {name} must be {wanted}, found {value!r}")
+        if kind is int and value < 0:
+            raise CheckpointError(f"{self.path}: {name} must not be negative, found {value}")
         return value
 
     def levels(self, name: str, n: int, default: Any = None) -> tuple[int, ...]:
@@ -136,7 +138,7 @@ class Config:
         """A number, or a list that holds it again and again."""
         value = self.get(name, (int, list), default)
         several = value if isinstance(value, list) else [value]
-        if not several or any(type(v) is not int or v != several[0] for v in several):
+        if not several or any(type(v) is not int or v < 0 or v != several[0] for v in several):
             raise CheckpointError(f"{self.path}: {name} must be one whole number, found {value!r}")
         return several[0]
 
@@ -153,7 +155,7 @@ def read_unet(config: Config) -> UNetConfig:
     n = len(widths)
     attention = _attention_levels(config, n)
     heads = "num_attention_heads" if config.data.get("num_attention_heads") is not None else "attention_head_dim"
-    vector = None
+    vector, told_scale = None, config.data.get("time_cond_proj_dim") is not None
     if config.data.get("addition_embed_type") == "text_time":
         vector = config.get("projection_class_embeddings_input_dim", int)
         config.check({"addition_time_embed_dim": (256,)})
@@ -170,7 +172,7 @@ def read_unet(config: Config) -> UNetConfig:
         context_dim=config.one("cross_attention_dim", 1280),
         linear_projection=config.get("use_linear_projection", bool, False),
         vector_dim=vector,
-        time_cond_dim=config.data.get("time_cond_proj_dim"),
+        time_cond_dim=config.get("time_cond_proj_dim", int) if told_scale else None,
         norm_groups=config.get("norm_num_groups", int, 32),
         norm_eps=config.get("norm_eps", (float, int), 1e-5),
         sample_size=config.one("sample_size", 64),

@@ -96,7 +96,7 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
             merges = [_pair(m) for m in fast["model"]["merges"]]
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{folder}: vocab.json and merges.txt, or tokenizer.json, are not a CLIP tokenizer's ({error!r})"
         ) from None

@@ -463,6 +463,7 @@ TOKENIZERS = {
     "torn": (lambda t: (t / "tokenizer.json").write_text('{"model'), r"tokenizer\.json: this is no JSON"),
     "another's merges": (lambda t: merged(t, "猫 猫"), "vocabulary and merges are not of one tokenizer .*猫"),
     "no number": (lambda t: (t / "added_tokens.json").write_text('{"a": 49408, "b": "x"}'), "are not a CLIP tokenizer's"),
+    "no finite number": (lambda t: (t / "added_tokens.json").write_text('{"a": 1e999}'), "are not a CLIP tokenizer's"),
 }  # fmt: skip
 
 
@@ -672,6 +673,9 @@ def test_what_our_unet_cannot_do_is_refused(field):
         ("down_block_types", ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"], "down_block_types"),
         ("cross_attention_dim", [[768], [768]], r"cross_attention_dim must be one whole number, found \[\[768\], \[768\]\]"),
         ("norm_num_groups", 0, "each must be a multiple of norm_groups=0"),
+        ("in_channels", -1, "in_channels must not be negative, found -1"),
+        ("layers_per_block", -1, "layers_per_block must be one whole number, found -1"),
+        ("time_cond_proj_dim", "256", "time_cond_proj_dim must be int, found '256'"),
     ],
 )
 def test_bad_values_in_a_config(field, value, message):
@@ -693,7 +697,7 @@ def test_bad_widths_of_a_tiny_autoencoder(widths):
 
 def test_a_text_tower_of_no_size():
     config = configs.Config(Path("text.json"), configs.tower_json(families.CLIP_L) | {"num_hidden_layers": -1})
-    with pytest.raises(CheckpointError, match=r"text\.json: layer must be"):
+    with pytest.raises(CheckpointError, match=r"text\.json: num_hidden_layers must not be negative"):
         configs.read_tower(config, pad=0, begin=1, end=2)
 
 
