@@ -209,19 +209,19 @@ def generate(
     known, marks = ({}, {}) if recipe is None else recalled(recipe, pictured=False)
     options = known | options
     if "prompt" not in options:
-        raise ValueError('prompts must be at least one text, such as latentdiff generate "a cat", got none')
+        raise ValueError(
+            f'prompts must be at least one text, such as latentdiff generate "a cat", got none{hint_of(lora, embedding)}'
+        )
     check_grid(out, grid, labels, columns)
     texts = 1 if isinstance(options["prompt"], str) else len(options["prompt"])
     check_out(out, 1 if grid else n * texts, [recipe, prompts_file])
     if handoff is not None and refiner is None:
         raise ValueError(f"handoff needs refiner, the model that takes over, got handoff {handoff} alone")
 
-    from latentdiff.checkpoints.adapted import scaled, worded
     from latentdiff.loading import load
 
     common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "compile": compile, "int8": int8}
-    added = {"lora": dict(map(scaled, lora or [])), "embeddings": dict(map(worded, embedding or []))}
-    pipe = load(model, prediction=prediction, vae=vae, **added, **common)
+    pipe = load(model, prediction=prediction, vae=vae, **additions(lora, embedding), **common)
     if refiner is None:
         images = pipe(**options, progress=not quiet)
     else:
@@ -263,6 +263,12 @@ def edit(
     sheet: Path | None = None,
     device: str | None = None,
     dtype: DType | None = None,
+    prediction: Literal["eps", "v", "x0"] | None = None,
+    vae: str | None = None,
+    lora: list[str] | None = None,
+    embedding: list[str] | None = None,
+    allow_pickle: bool = False,
+    int8: bool = False,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
 ) -> None:
     """Change pictures by words: with --from, what the words say changes and the rest stays; without, it is img2img or inpainting.
@@ -319,6 +325,18 @@ def edit(
         cpu, cuda, mps, …; without it, the best that there is.
     dtype
         Of the networks; without it what the device does best, which doctor tells.
+    prediction
+        What the U-Net predicts, where the model's files do not say.
+    vae
+        Another autoencoder: a file, a folder or a hub id.
+    lora
+        Files of LoRAs, each with its scale: flat.safetensors:0.8
+    embedding
+        Files of textual inversion; the word for each is the file's own, or its name, or another: toy.safetensors:mytoy
+    allow_pickle
+        Also read .ckpt and .bin files (tensors only; nothing in them is executed).
+    int8
+        The U-Net's products in 8 bits, on a CPU with VNNI or AMX: large models are faster, the picture is nearly the same.
     quiet
         No progress bar.
     """
@@ -334,7 +352,7 @@ def edit(
         if value is not None:
             raise ValueError(f"{name} works {'without' if source is not None else 'only with'} --from, got {value!r}")
     if not photos:
-        raise ValueError("photos must be at least one picture, got none")
+        raise ValueError(f"photos must be at least one picture, got none{hint_of(lora, embedding, region)}")
     if to is None:
         raise ValueError('to must be what the pictures should show, such as --to "a dog", got none')
     check_out(out, len(photos), [*photos, mask, recipe], sheet)
@@ -355,7 +373,8 @@ def edit(
         known = {name: value for name, value in known.items() if name not in own}
     options = known | {name: value for name, value in (both | told | plain).items() if value is not None}
     before = [open_picture(photo) for photo in photos]
-    pipe = load(model, device=device, dtype=dtype)
+    common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "int8": int8}
+    pipe = load(model, prediction=prediction, vae=vae, **additions(lora, embedding), **common)
     if source is None:
         images = pipe(to, image=before, **options, progress=not quiet)
     else:
@@ -534,6 +553,23 @@ def sides(size: str) -> int | tuple[int, int]:
         return width, height
     except ValueError:
         raise ValueError(f"size must be a side or WIDTHxHEIGHT in pixels, such as 512 or 512x768, got {size!r}") from None
+
+
+def hint_of(*lists: list[str] | None) -> str:
+    """Said where nothing is left of what comes without a name, after an option that takes all that follows it."""
+    return "; put them before options that take several values" if any(lists) else ""
+
+
+def additions(lora: list[str] | None, embedding: list[str] | None) -> dict[str, dict[str, Any]]:
+    """LoRAs with their scales and textual inversions with their words, as `load` takes them. Errors: ValueError for a file that is
+    named twice."""
+    from latentdiff.checkpoints.adapted import scaled, worded
+
+    found = {"lora": [*map(scaled, lora or [])], "embeddings": [*map(worded, embedding or [])]}
+    for name, pairs in found.items():
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"{name} must name each file once, got {', '.join(file for file, _ in pairs)}")
+    return {name: dict(pairs) for name, pairs in found.items()}
 
 
 def recalled(path: Path, *, pictured: bool) -> tuple[dict[str, Any], dict[str, str]]:

@@ -78,7 +78,10 @@ def load(
         vae=vae,
         ema=ema,
     )
-    parts = parts if path else replace(parts, title="embedded")
+    name = parts.title if path else "embedded"
+    other = {"vae": vae and Path(vae).stem, "prediction": prediction}
+    name = " + ".join([name, *(f"{key}:{value}" for key, value in other.items() if value)])
+    parts = replace(parts, title=name)
     parts = adapted(parts, lora=lora, embeddings=embeddings, allow_pickle=allow_pickle)
     return ready(parts, place, kind, compile=compile, float8=float8, int8=int8, weights=weights, cache=cache)
 

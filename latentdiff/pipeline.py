@@ -84,7 +84,7 @@ class Run(Iterator[Progress]):
         self.steps.close()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Pipeline:
     """A loaded model. It keeps nothing of a call: threads may share one."""
 
@@ -96,6 +96,9 @@ class Pipeline:
     precision: str = ""  # what the numbers are rounded to, and whatever else of `load` moves a picture; recipes tell it
     network: Network | None = None  # what runs in the loop in the U-Net's place: the U-Net compiled, recorded
     decoder: GraphedDecoder | RecordedDecoder | None = None  # and in the place of its VAE's `decode`: the same, recorded
+
+    def __repr__(self) -> str:
+        return f"Pipeline({self.title}, {self.spec.size}×{self.spec.size}, {self.precision or self.dtype} on {self.device})"
 
     @cached_property
     def schedule(self) -> NoiseSchedule:

@@ -370,3 +370,39 @@ def test_loras_words_and_a_refiner_from_the_command_line(run, tiny_pipe, tiny_fo
     assert not equal("a.png", "d.png")
     assert equal("a.png", "e.png")  # handed over to itself
     assert "Refiner: " in Image.open("e.png").info["parameters"]
+
+    again = ("edit", "a.png", "--to", "a toyword", "--steps", 2, "--seed", 1, "-q", "--device", "cpu", "--model", tiny_folder)
+    assert [run(*again, "-o", f"{key}-2.png", *options[key])[0] for key in "abcd"] == 4 * [0]
+    assert not equal("a-2.png", "b-2.png")
+    assert equal("a-2.png", "c-2.png")
+    assert not equal("a-2.png", "d-2.png")
+
+    code, _, err = run(*asked, "--lora", "l.safetensors:0.5", "l.safetensors:-0.5")
+    assert code == 2
+    assert "lora must name each file once, got l.safetensors, l.safetensors" in err
+    for command in ("generate", "edit"):
+        code, _, err = run(command, "--lora", "l.safetensors", "a.png")
+        assert code == 2
+        assert "; put them before options that take several values" in err
+
+
+def test_a_recipe_of_another_vae_is_told_of(run, tiny_folder):
+    run(
+        "generate",
+        "a cat",
+        "-o",
+        "a.png",
+        "--steps",
+        1,
+        "--seed",
+        1,
+        "--size",
+        16,
+        "-q",
+        "--vae",
+        tiny_folder,
+        "--prediction",
+        "x0",
+    )
+    _, _, err = run("generate", "--recipe", "a.png", "-o", "b.png", "-q")
+    assert err.endswith("Model is tiny + vae:tiny + prediction:x0, here it is tiny: maybe another picture\n")

@@ -56,4 +56,5 @@ def test_a_model_tells_what_moves_its_pictures():
     assert latentdiff.load(device="cpu", dtype="float32").precision == "float32"
     pipe = latentdiff.load(device="cpu", dtype="bfloat16", weights="int8", cache=2)
     assert pipe.precision == "bfloat16, weights in int8, cache 2"
+    assert repr(pipe) == "Pipeline(embedded, 128×128, bfloat16, weights in int8, cache 2 on cpu)"
     assert pipe.marks == {"Model": "embedded", "Precision": pipe.precision}

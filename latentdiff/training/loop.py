@@ -205,6 +205,8 @@ def fit(
             total=config.steps, initial=run.step, disable=not accelerator.is_main_process, dynamic_ncols=True, mininterval=2
         ) as bar:
             _train(run, loss, stream, sample, bar)
+    elif accelerator.is_main_process:
+        print(f"the run in {config.out} has done its {run.step} steps; with more it goes on", file=sys.stderr)
     accelerator.wait_for_everyone()
     return run.ema.model  # type: ignore[return-value]  # a copy of `model`
 

@@ -131,7 +131,7 @@ def train_vae(config: VAETraining) -> VAE:
 
     meta = {"network": "vae", "sizes": repr(sizes), "data": source.fingerprint()}
     trained = fit(AutoEncoder(vae), loss, stream, config, meta=meta, sample=sample).vae
-    store(lambda folder: save_vae(trained, sizes, source, folder), config.out / "model" / "vae")
+    store(lambda folder: save_vae(trained, sizes, source, folder / "vae"), config.out / "model")
     return trained
 
 

@@ -101,13 +101,15 @@ def test_it_says_where_the_model_lies(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == f"the model lies in {tmp_path / 'model'}\n"
 
 
-def test_a_finished_run_is_read_not_trained(tmp_path: Path) -> None:
+def test_a_finished_run_is_read_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = train(config(tmp_path))
+    assert "has done" not in capsys.readouterr().err
 
     def never(*_: Any) -> Any:
         raise AssertionError("trained")
 
     again = train(config(tmp_path), loss=never, batches=never)
+    assert f"has done its {config(tmp_path).steps} steps" in capsys.readouterr().err
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
