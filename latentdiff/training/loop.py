@@ -317,6 +317,9 @@ class _Run:
         self.ema.model.load_state_dict(found.tensors["ema"])
         self.ema.updates, self.step = found.state["ema_updates"], found.step
         checkpoint.load_optimizer(self.optimizer, found.tensors["optimizer"], dict(self.raw.named_parameters()))
+        if self.step < self.config.steps and self.accelerator.is_main_process:
+            other = differences(found.state["config"], plain(asdict(self.config)))
+            print(f"the run in {self.config.out} goes on from step {self.step}{f' ({other})' if other else ''}", file=sys.stderr)
 
     def _trim_metrics(self) -> None:
         """Lines after the checkpoint that a killed run left behind would stand twice; its last one may be cut off."""

@@ -82,7 +82,9 @@ def test_resume_after_a_real_kill(runs: Any, tmp_path: Path) -> None:
     assert runs.differing(*(runs.checkpoint_files(tmp_path / name, 9) for name in ("whole", "killed"))) == []
 
 
-def test_the_clock_stops_a_run_that_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_stops_a_run_that_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = train(config(tmp_path / "whole", steps=25))
     now = iter(range(0, 10**6, 7))  # seconds: seven for each look at the clock
     with monkeypatch.context() as patch:
@@ -90,7 +92,10 @@ def test_the_clock_stops_a_run_that_goes_on_later(tmp_path: Path, monkeypatch: p
         train(config(tmp_path / "cut", steps=25, max_minutes=1.2))  # 72 s: over at step 11, noticed at step 20
     assert [p.name for p in (tmp_path / "cut").glob("step-*")] == ["step-00000020"]
     assert [line["step"] for line in log(tmp_path / "cut")] == [10, 20]
+    assert "goes on" not in capsys.readouterr().err
     resumed = train(config(tmp_path / "cut", steps=25))
+    told = f"the run in {tmp_path / 'cut'} goes on from step 20 (max_minutes was 1.2, is None)\n"
+    assert told in capsys.readouterr().err  # what is set otherwise than before
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
