@@ -1,7 +1,7 @@
 """The command line: each command calls one library function.
 
 To add a command, write a function whose annotated arguments are its options and whose docstring is its help, and put `@app.command`
-above it. Import inside the function: `latentdiff --help` loads no torch. A function elsewhere can be named by its path, as the
+above it; one that draws takes its model as `Loading`. Import inside the function: `latentdiff --help` loads no torch. A function elsewhere can be named by its path, as the
 trainers are.
 """
 
@@ -12,13 +12,17 @@ import select
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from latentdiff import __version__
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
 
 app = App(
     name="latentdiff",
@@ -37,6 +41,60 @@ train.command("latentdiff.training.clip:train_clip", name="clip", help="Train a 
 train.command("latentdiff.training.unet:train_unet", name="unet", help="Train the denoising U-Net on latents.")
 
 DType = Literal["float32", "float16", "bfloat16"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """The model of a command that draws, and how it is loaded."""
+
+    model: Annotated[str | None, Parameter(alias="-m")] = None
+    """A file, a folder or a hub id (owner/name). Without it, the embedded model."""
+    device: str | None = None
+    """cpu, cuda, mps, …; without it, the best that there is."""
+    dtype: DType | None = None
+    """Of the networks; without it what the device does best, which doctor tells."""
+    prediction: Literal["eps", "v", "x0"] | None = None
+    """What the U-Net predicts, where the model's files do not say."""
+    vae: str | None = None
+    """Another autoencoder: a file, a folder or a hub id."""
+    lora: list[str] | None = None
+    """Files of LoRAs, each with its scale: flat.safetensors:0.8"""
+    embedding: list[str] | None = None
+    """Files of textual inversion; the word for each is the file's own, or its name, or another: toy.safetensors:mytoy"""
+    allow_pickle: bool = False
+    """Also read .ckpt and .bin files (tensors only; nothing in them is executed)."""
+    int8: bool = False
+    """The U-Net's products in 8 bits, on a CPU with VNNI or AMX: large models are faster, the picture is nearly the same."""
+
+    def load(self, *, compile: bool = False) -> Pipeline:
+        """Errors: those of `latentdiff.load`; ValueError for a LoRA or a textual inversion that is named twice."""
+        from latentdiff.checkpoints.adapted import scaled, worded
+        from latentdiff.loading import load
+
+        added = {"lora": [*map(scaled, self.lora or [])], "embeddings": [*map(worded, self.embedding or [])]}
+        for name, pairs in added.items():
+            if len(dict(pairs)) < len(pairs):
+                raise ValueError(f"{name} must name each file once, got {', '.join(file for file, _ in pairs)}")
+        return load(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            prediction=self.prediction,
+            vae=self.vae,
+            lora=dict(added["lora"]),
+            embeddings=dict(added["embeddings"]),
+            allow_pickle=self.allow_pickle,
+            compile=compile,
+            int8=self.int8,
+        )
+
+    def hint(self, *lists: list[str] | None) -> str:
+        """Said where nothing is left of what comes without a name, after an option that takes all that follows it."""
+        return "; put them before options that take several values" if any((self.lora, self.embedding, *lists)) else ""
+
+
+EMBEDDED = Loading()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,7 +150,6 @@ def generate(
     n: Annotated[int, Parameter(name="-n")] = 1,
     prompts_file: Path | None = None,
     recipe: Path | None = None,
-    model: Annotated[str | None, Parameter(alias="-m")] = None,
     negative: str | None = None,
     guidance: str | None = None,
     rescale: float | None = None,
@@ -107,17 +164,10 @@ def generate(
     grid: bool = False,
     labels: bool = False,
     columns: int | None = None,
-    device: str | None = None,
-    dtype: DType | None = None,
-    prediction: Literal["eps", "v", "x0"] | None = None,
-    vae: str | None = None,
-    lora: list[str] | None = None,
-    embedding: list[str] | None = None,
+    loading: Loading = EMBEDDED,
     refiner: str | None = None,
     handoff: float | None = None,
-    allow_pickle: bool = False,
     compile: bool = False,
-    int8: bool = False,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
 ) -> None:
     """Make pictures from text and write them, with the recipe that makes them again.
@@ -135,8 +185,6 @@ def generate(
         A text file of more prompts, one a line.
     recipe
         A picture's file, which carries its recipe: make it again. Options given beside it change the recipe.
-    model
-        A file, a folder or a hub id (owner/name). Without it, the embedded model.
     negative
         What not to draw.
     guidance
@@ -165,28 +213,12 @@ def generate(
         With --grid: write the prompt under each picture.
     columns
         With --grid: columns, at most.
-    device
-        cpu, cuda, mps, …; without it, the best that there is.
-    dtype
-        Of the networks; without it what the device does best, which doctor tells.
-    prediction
-        What the U-Net predicts, where the model's files do not say.
-    vae
-        Another autoencoder: a file, a folder or a hub id.
-    lora
-        Files of LoRAs, each with its scale: flat.safetensors:0.8
-    embedding
-        Files of textual inversion; the word for each is the file's own, or its name, or another: toy.safetensors:mytoy
     refiner
         A second model that finishes the pictures (SDXL's refiner): a file, a folder or a hub id.
     handoff
         From 0 to 1: the share of the noise levels before the refiner takes over; 0.8.
-    allow_pickle
-        Also read .ckpt and .bin files (tensors only; nothing in them is executed).
     compile
         Compile the U-Net first: slow to start, then faster.
-    int8
-        The U-Net's products in 8 bits, on a CPU with VNNI or AMX: large models are faster, the picture is nearly the same.
     quiet
         No progress bar.
     """
@@ -209,26 +241,22 @@ def generate(
     known, marks = ({}, {}) if recipe is None else recalled(recipe, pictured=False)
     options = known | options
     if "prompt" not in options:
-        raise ValueError(
-            f'prompts must be at least one text, such as latentdiff generate "a cat", got none{hint_of(lora, embedding)}'
-        )
+        raise ValueError(f'prompts must be at least one text, such as latentdiff generate "a cat", got none{loading.hint()}')
     check_grid(out, grid, labels, columns)
     texts = 1 if isinstance(options["prompt"], str) else len(options["prompt"])
     check_out(out, 1 if grid else n * texts, [recipe, prompts_file])
     if handoff is not None and refiner is None:
         raise ValueError(f"handoff needs refiner, the model that takes over, got handoff {handoff} alone")
 
-    from latentdiff.loading import load
-
-    common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "compile": compile, "int8": int8}
-    pipe = load(model, prediction=prediction, vae=vae, **additions(lora, embedding), **common)
+    pipe = loading.load(compile=compile)
     if refiner is None:
         images = pipe(**options, progress=not quiet)
     else:
         from latentdiff.refining import refine
 
         options |= {} if handoff is None else {"handoff": handoff}
-        images = refine(pipe, load(refiner, vae=vae, **common), options.pop("prompt"), **options, progress=not quiet)
+        second = replace(loading, model=refiner, prediction=None, lora=None, embedding=None).load(compile=compile)
+        images = refine(pipe, second, options.pop("prompt"), **options, progress=not quiet)
     tell_of_others(marks, images[0])
     if grid:
         write_grid(images, out, columns, labels)
@@ -243,7 +271,6 @@ def edit(
     source: Annotated[str | None, Parameter(name="--from")] = None,
     out: Annotated[str, Parameter(alias="-o")] = "./",
     recipe: Path | None = None,
-    model: Annotated[str | None, Parameter(alias="-m")] = None,
     method: Literal["img2img", "ddim", "null-text", "edit-friendly", "prompt-to-prompt"] | None = None,
     strength: float | None = None,
     cross: float | None = None,
@@ -261,14 +288,7 @@ def edit(
     seed: int | None = None,
     size: str | None = None,
     sheet: Path | None = None,
-    device: str | None = None,
-    dtype: DType | None = None,
-    prediction: Literal["eps", "v", "x0"] | None = None,
-    vae: str | None = None,
-    lora: list[str] | None = None,
-    embedding: list[str] | None = None,
-    allow_pickle: bool = False,
-    int8: bool = False,
+    loading: Loading = EMBEDDED,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
 ) -> None:
     """Change pictures by words: with --from, what the words say changes and the rest stays; without, it is img2img or inpainting.
@@ -285,8 +305,6 @@ def edit(
         File (what has the name is replaced), or folder/ (files are called after words and seed; none is replaced).
     recipe
         The file of a picture that was made from another: do the same again. Options given beside it change the recipe.
-    model
-        A file, a folder or a hub id (owner/name). Without it, the embedded model.
     method
         With --from: how a picture's run is found and held to. prompt-to-prompt, unless given.
     strength
@@ -321,22 +339,6 @@ def edit(
         Side in pixels, or WIDTHxHEIGHT, at which the model works; the result has the picture's own.
     sheet
         Also write before, after and difference as one picture.
-    device
-        cpu, cuda, mps, …; without it, the best that there is.
-    dtype
-        Of the networks; without it what the device does best, which doctor tells.
-    prediction
-        What the U-Net predicts, where the model's files do not say.
-    vae
-        Another autoencoder: a file, a folder or a hub id.
-    lora
-        Files of LoRAs, each with its scale: flat.safetensors:0.8
-    embedding
-        Files of textual inversion; the word for each is the file's own, or its name, or another: toy.safetensors:mytoy
-    allow_pickle
-        Also read .ckpt and .bin files (tensors only; nothing in them is executed).
-    int8
-        The U-Net's products in 8 bits, on a CPU with VNNI or AMX: large models are faster, the picture is nearly the same.
     quiet
         No progress bar.
     """
@@ -352,14 +354,13 @@ def edit(
         if value is not None:
             raise ValueError(f"{name} works {'without' if source is not None else 'only with'} --from, got {value!r}")
     if not photos:
-        raise ValueError(f"photos must be at least one picture, got none{hint_of(lora, embedding, region)}")
+        raise ValueError(f"photos must be at least one picture, got none{loading.hint(region)}")
     if to is None:
         raise ValueError('to must be what the pictures should show, such as --to "a dog", got none')
     check_out(out, len(photos), [*photos, mask, recipe], sheet)
 
     from latentdiff.editing import sheet as sheet_of
     from latentdiff.images import open_picture, save_image
-    from latentdiff.loading import load
     from latentdiff.origin import checked_sides, expanded
     from latentdiff.pipeline import Pipeline
 
@@ -373,8 +374,7 @@ def edit(
         known = {name: value for name, value in known.items() if name not in own}
     options = known | {name: value for name, value in (both | told | plain).items() if value is not None}
     before = [open_picture(photo) for photo in photos]
-    common = {"device": device, "dtype": dtype, "allow_pickle": allow_pickle, "int8": int8}
-    pipe = load(model, prediction=prediction, vae=vae, **additions(lora, embedding), **common)
+    pipe = loading.load()
     if source is None:
         images = pipe(to, image=before, **options, progress=not quiet)
     else:
@@ -415,12 +415,10 @@ def compare(
     out: Annotated[Path, Parameter(alias="-o")] = Path("samplers.png"),
     samplers: tuple[str, ...] = ("ddim", "euler a", "heun", "dpm++ 2m", "dpm++ 2m sde", "unipc", "deis"),
     steps: tuple[int, ...] = (4, 6, 10, 20, 30),
-    model: Annotated[str | None, Parameter(alias="-m")] = None,
     guidance: str | None = None,
     spacing: str | None = None,
     seed: int = 0,
-    device: str | None = None,
-    dtype: DType | None = None,
+    loading: Loading = EMBEDDED,
 ) -> None:
     """Draw one prompt with several samplers, a row each, at several numbers of steps, a column each.
 
@@ -434,16 +432,15 @@ def compare(
         Their names, as `latentdiff samplers` lists them or with a spacing: "DPM++ 2M Karras".
     steps
         Numbers of steps.
-    model, guidance, spacing, seed, device, dtype
+    guidance, spacing, seed
         As in `latentdiff generate`.
     """
     from latentdiff.compare import sampler_grid
     from latentdiff.images import check_files, save_image
-    from latentdiff.loading import load
 
     check_files([out])
     options = {"guidance": guidance, "spacing": spacing, "seed": seed}
-    pipe = load(model, device=device, dtype=dtype)
+    pipe = loading.load()
     save_image(sampler_grid(pipe, prompt, samplers, steps, **{k: v for k, v in options.items() if v is not None}), out)
     print(out)
 
@@ -553,23 +550,6 @@ def sides(size: str) -> int | tuple[int, int]:
         return width, height
     except ValueError:
         raise ValueError(f"size must be a side or WIDTHxHEIGHT in pixels, such as 512 or 512x768, got {size!r}") from None
-
-
-def hint_of(*lists: list[str] | None) -> str:
-    """Said where nothing is left of what comes without a name, after an option that takes all that follows it."""
-    return "; put them before options that take several values" if any(lists) else ""
-
-
-def additions(lora: list[str] | None, embedding: list[str] | None) -> dict[str, dict[str, Any]]:
-    """LoRAs with their scales and textual inversions with their words, as `load` takes them. Errors: ValueError for a file that is
-    named twice."""
-    from latentdiff.checkpoints.adapted import scaled, worded
-
-    found = {"lora": [*map(scaled, lora or [])], "embeddings": [*map(worded, embedding or [])]}
-    for name, pairs in found.items():
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"{name} must name each file once, got {', '.join(file for file, _ in pairs)}")
-    return {name: dict(pairs) for name, pairs in found.items()}
 
 
 def recalled(path: Path, *, pictured: bool) -> tuple[dict[str, Any], dict[str, str]]:

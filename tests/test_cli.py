@@ -377,6 +377,11 @@ def test_loras_words_and_a_refiner_from_the_command_line(run, tiny_pipe, tiny_fo
     assert equal("a-2.png", "c-2.png")
     assert not equal("a-2.png", "d-2.png")
 
+    grid = ("compare", "a toyword", "--steps", 2, "--samplers", "ddim", "--device", "cpu", "--model", tiny_folder)
+    assert [run(*grid, "-o", f"{key}-3.png", *options[key])[0] for key in "abc"] == 3 * [0]
+    assert not equal("a-3.png", "b-3.png")
+    assert equal("a-3.png", "c-3.png")
+
     code, _, err = run(*asked, "--lora", "l.safetensors:0.5", "l.safetensors:-0.5")
     assert code == 2
     assert "lora must name each file once, got l.safetensors, l.safetensors" in err
