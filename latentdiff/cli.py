@@ -1,8 +1,8 @@
 """The command line: each command calls one library function.
 
 To add a command, write a function whose annotated arguments are its options and whose docstring is its help, and put `@app.command`
-above it; one that draws takes its model as `Loading`. Import inside the function: `latentdiff --help` loads no torch. A function elsewhere can be named by its path, as the
-trainers are.
+above it; one that draws takes its model as `Loading`. Import inside the function: `latentdiff --help` loads no torch. A function
+elsewhere can be named by its path, as the trainers are.
 """
 
 from __future__ import annotations
