@@ -141,7 +141,7 @@ SDXL_REFINER = replace(
 
 # Our own model: 128 x 128 pictures, latents 4 x 16 x 16. Its folder is what is read; this value is what it was trained as. How it
 # is sampled unless told otherwise is said here, and by its training written to weights/scheduler/scheduler_config.json: DDIM, the
-# simplest of the best rows of the README's table of samplers, at 20 steps, which no row with twice its evaluations betters.
+# simplest of the best rows of docs/samplers.md, at 20 steps, which no row with twice its evaluations betters.
 EMBEDDED = replace(
     SD15,
     name="embedded",
