@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from latentdiff.checkpoints.adapted import Files, adapted
 from latentdiff.checkpoints.io import Parts
 from latentdiff.loading import join_attentions, network
@@ -13,6 +15,7 @@ from latentdiff.models.text import Tokenizer
 from latentdiff.pipeline import Pipeline
 
 
+@torch.inference_mode(False)  # as `load`
 def adapt(
     pipe: Pipeline,
     *,

@@ -220,7 +220,8 @@ def parameters_of(image: Image.Image) -> str | None:
         except Exception:  # whatever PIL's parser raises on damaged EXIF
             return None
         if isinstance(comment, bytes) and comment.startswith(UTF16):
-            text = comment.removeprefix(UTF16).decode("utf-16-be", "replace")
+            ways = [comment.removeprefix(UTF16).decode(code, "replace") for code in ("utf-16-be", "utf-16-le")]
+            text = next((way for way in ways if "Steps: " in way), ways[0])  # nothing says which order of bytes a program took
     return text if isinstance(text, str) else None
 
 

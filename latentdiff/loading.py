@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SHAPES = 64  # that a network may be compiled for
 
 
+@torch.inference_mode(False)  # weights made in it go other ways, to other pixels
 def load(
     path: str | os.PathLike | None = None,
     *,
@@ -119,15 +120,14 @@ def ready(
         text=TextEncoder(tuple(t.to(device, dtype) for t in parts.text_encoders), parts.tokenizers, parts.spec),
         spec=parts.spec,
         title=parts.title,
-        precision=", ".join(moved_by(dtype, float8=float8, int8=int8, weights=weights, cache=cache)),
+        options=tuple(named(float8=float8, int8=int8, weights=weights, cache=cache)),
         network=Cached(unet, cache) if cache > 1 else network(unet, compile),
         decoder=GraphedDecoder(vae) if device.type == "cuda" else RecordedDecoder(vae) if small and not compile else None,
     )
 
 
-def moved_by(dtype: torch.dtype, *, float8: bool, int8: bool, weights: Width | None, cache: int) -> Iterator[str]:
-    """What moves a picture from the one in float32, in words."""
-    yield next(name for name, known in DTYPES.items() if known == dtype)
+def named(*, float8: bool, int8: bool, weights: Width | None, cache: int) -> Iterator[str]:
+    """The options that move a picture, in words."""
     yield from ["float8"] * float8 + ["int8"] * int8 + [f"weights in {weights}"] * (weights is not None)
     yield from [f"cache {cache}"] * (cache > 1)
 

@@ -93,12 +93,12 @@ class Pipeline:
     text: TextEncoder
     spec: ModelSpec
     title: str
-    precision: str = ""  # what the numbers are rounded to, and whatever else of `load` moves a picture; recipes tell it
+    options: tuple[str, ...] = ()  # of `load`, in words: those that move a picture
     network: Network | None = None  # what runs in the loop in the U-Net's place: the U-Net compiled, recorded
     decoder: GraphedDecoder | RecordedDecoder | None = None  # and in the place of its VAE's `decode`: the same, recorded
 
     def __repr__(self) -> str:
-        return f"Pipeline({self.title}, {self.spec.size}×{self.spec.size}, {self.precision or self.dtype} on {self.device})"
+        return f"Pipeline({self.title}, {self.spec.size}×{self.spec.size}, {self.precision} on {self.device})"
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -108,7 +108,12 @@ class Pipeline:
     @property
     def marks(self) -> dict[str, str]:
         """What a picture's recipe tells of the model."""
-        return {"Model": self.title} | ({"Precision": self.precision} if self.precision else {})
+        return {"Model": self.title, "Precision": self.precision}
+
+    @property
+    def precision(self) -> str:
+        """What moves a picture from the one in float32, in words."""
+        return ", ".join([str(self.dtype).removeprefix("torch."), *self.options])
 
     @property
     def device(self) -> torch.device:

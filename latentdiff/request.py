@@ -6,6 +6,8 @@ import inspect
 import math
 import operator
 import random
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -135,12 +137,16 @@ def request(
     steps = integer("steps", first(steps, counted, own.steps, STEPS), 1, len(schedule))
     syntax = checked_syntax(syntax)
     check_weights(prompts, negatives, syntax, steps)
+    if syntax.startswith("a1111"):
+        check_files_named("prompt", prompts)
+        check_files_named("negative", negatives)
     scale_is_input, instruct = spec.unet.time_cond_dim is not None, spec.task == "instruct"
     if instruct and SYNTAXES[syntax].dynamic and any(len(conjunction(text)) > 1 for text in prompts):
         raise ValueError("prompt must be a single one for a model that follows instructions, got several joined by AND")
     rescale = number("rescale", rescale, 0, 1)
     if rescale and (instruct or scale_is_input):
         raise ValueError(f"rescale must be 0 for this model ({spec.name}), whose guidance is its own, got {rescale:g}")
+    wide = checked_size(first(size, spec.size), factor)
     return Request(
         prompts=tuple(p for p in prompts for _ in range(n)),
         negatives=tuple(p for p in negatives for _ in range(n)),
@@ -153,7 +159,7 @@ def request(
         solver=solver,
         spacing=spacing,
         eta=checked_eta(eta, name, solver),
-        size=checked_size(first(size, spec.size), factor),
+        size=wide if pictured else told_size(wide, spec.size),
         batch=None if batch is None else integer("batch", batch, 1, MAX_PICTURES),
         sigmas=grid(schedule, steps, spacing, offset=own.steps_offset, final=final(name, own)),
         scale_is_input=scale_is_input,
@@ -204,6 +210,14 @@ def check_weights(prompts: Sequence[str], negatives: Sequence[str], syntax: str,
                     raise ValueError(
                         f"{name} must have weights from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}, got {weight:g} of {shown(words)}"
                     )
+
+
+def check_files_named(name: str, given: Sequence[str]) -> None:
+    """A1111 takes `<lora:flat:0.8>` out of a prompt and loads a file of a folder that we do not know: such words are no text."""
+    for text in given:
+        if found := re.search(r"<(lora|lyco|hypernet):[^<>]*>", text, re.IGNORECASE):
+            way = 'lora={"flat.safetensors": 0.8} in load, or --lora flat.safetensors:0.8'
+            raise ValueError(f"{name} must not name files, which go beside it ({way}), got {shown(found[0])}")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -288,6 +302,17 @@ def checked_size(size: Any, factor: int) -> tuple[int, int]:
         allowed = f"in multiples of {factor} from {factor} to {MAX_SIDE} pixels"
         raise ValueError(f"size must be one side, or (width, height), {allowed}, got {shown(size)}")
     return sides[0], sides[1]
+
+
+def told_size(size: tuple[int, int], own: int) -> tuple[int, int]:
+    """With a warning where pictures have over twice, or under half, of the pixels that the model was made for."""
+    times = size[0] * size[1] / own**2
+    if not 1 / 2 <= times <= 2:
+        warnings.warn(
+            f"size {size[0]}×{size[1]} has {times:.2g} times the pixels of this model's own {own}×{own}, at which it draws best",
+            stacklevel=4,
+        )
+    return size
 
 
 def seeds(seed: Any, n: int) -> tuple[int, ...]:

@@ -113,6 +113,13 @@ def test_the_comment_has_the_type_that_exif_asks_for(tmp_path):
         assert comment == b"UNICODE\0" + text.encode("utf-16-be")
 
 
+def test_a_comment_in_the_other_order_of_bytes_is_read_too(tmp_path):
+    text = "a cat, 一一一\nSteps: 3, Sampler: Euler a, Seed: 7"
+    for name, code in (("big.jpg", "utf-16-be"), ("little.jpg", "utf-16-le")):
+        Image.new("RGB", (2, 2)).save(tmp_path / name, exif=I.exif_of(I.UTF16 + text.encode(code)))
+        assert I.read_recipe(tmp_path / name) == {"prompt": "a cat, 一一一", "steps": 3, "sampler": "Euler a", "seed": 7}
+
+
 def test_pixels_are_not_decoded_to_look_for_a_recipe(tmp_path):
     (tmp_path / "a.png").write_bytes(png(13_000, 13_000))  # that has no such pixels
     with pytest.warns(Image.DecompressionBombWarning):

@@ -1,8 +1,11 @@
 """What `load` refuses before it reads."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import latentdiff
 from latentdiff import loading
@@ -58,3 +61,12 @@ def test_a_model_tells_what_moves_its_pictures():
     assert pipe.precision == "bfloat16, weights in int8, cache 2"
     assert repr(pipe) == "Pipeline(embedded, 128×128, bfloat16, weights in int8, cache 2 on cpu)"
     assert pipe.marks == {"Model": "embedded", "Precision": pipe.precision}
+    assert replace(pipe, unet=copy.deepcopy(pipe.unet).float()).precision == "float32, weights in int8, cache 2"
+
+
+def test_what_is_loaded_in_inference_mode_is_as_ever():
+    with torch.inference_mode():
+        pipe = latentdiff.adapt(latentdiff.load(device="cpu"))
+        picture = pipe("a cat", seed=1, steps=2, progress=False)[0]
+    assert not any(p.is_inference() for p in pipe.unet.parameters())
+    assert picture == latentdiff.load(device="cpu")("a cat", seed=1, steps=2, progress=False)[0]

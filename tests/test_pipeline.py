@@ -5,6 +5,7 @@ import pkgutil
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -407,6 +408,16 @@ def test_any_size(tiny_pipe):
     assert tiny_pipe("a cat", size=12, **FEW)[0].size == (12, 12)
     assert tiny_pipe("a cat", size=(np.int64(12), 4), **FEW)[0].size == (12, 4)  # as steps, seed and n may be
     assert tiny_pipe("a cat", **FEW)[0].size == (32, 32)
+
+
+def test_a_size_far_from_the_models_own_is_told_of(tiny_pipe):
+    for size in ((64, 36), (12, 12)):
+        with pytest.warns(UserWarning, match=f"size {size[0]}×{size[1]} has .* times the pixels of this model's own 32×32"):
+            tiny_pipe.stream("a cat", size=size)
+    with warnings.catch_warnings(action="error"):
+        for size in (32, (64, 32), (16, 32)):
+            tiny_pipe.stream("a cat", size=size)
+        tiny_pipe.stream("a cat", image=Image.new("RGB", (64, 64)))  # a picture, made larger, shows what goes where
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad input

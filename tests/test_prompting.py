@@ -328,6 +328,18 @@ def test_a_picture_of_another_program_is_asked_for_again(tiny_pipe):
     assert not same(karras, own)
 
 
+@pytest.mark.parametrize("text", ["a <lora:flat:0.8> cat", "a cat <LoRA:flat>", "<lyco:a:1:2>", "<hypernet:b:0.5>"])
+def test_files_named_inside_a_prompt_are_not_taken_for_text(tiny_pipe, text):
+    with Calls(tiny_pipe) as sizes:
+        for given in ({"prompt": text}, {"prompt": ["a", text], "syntax": "a1111-no-norm"}, {"prompt": "a", "negative": text}):
+            name = "negative" if "negative" in given else "prompt"
+            with pytest.raises(ValueError, match=f"{name} must not name files, .*--lora.*got '<"):
+                tiny_pipe(**given, **FEW)
+    assert sizes == []
+    assert tiny_pipe(text, syntax="plain", **FEW)[0].size == (32, 32)
+    assert tiny_pipe("a <cat>, lora:x", **FEW)[0].size == (32, 32)
+
+
 @pytest.mark.parametrize(
     ("texts", "got"),
     [
