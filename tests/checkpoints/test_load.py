@@ -824,3 +824,14 @@ def test_a_vae_of_other_latents(copied, folder):
     edit(path / "vae" / "config.json", latent_channels=16)
     with pytest.raises(CheckpointError, match="this autoencoder has 16 latent channels, the model's has 4"):
         load_parts(folder("sd15"), vae=path)
+
+
+@pytest.mark.parametrize(("width", "channels", "spec"), [
+    (768, 4, families.SD15), (1024, 4, families.SD21), (2048, 4, families.SDXL), (1280, 4, families.SDXL_REFINER),
+    (768, 9, families.SD15_INPAINT), (2048, 9, families.SDXL_INPAINT), (555, 4, families.SD15),
+])  # fmt: skip
+def test_the_context_tells_what_a_file_without_text_towers_is(tmp_path, width, channels, spec):
+    name = f"{keymap.UNET_PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    tensors = {detect.CONV_IN: torch.zeros(2, channels, 3, 3), name: torch.zeros(2, width)}
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    assert detect.detect(open_tensors(tmp_path / "a.safetensors")).spec == spec

@@ -114,6 +114,7 @@ FAULTS = {
         {"<toy>": torch.ones(2, 33)},
         r"its vectors have shapes \[\(2, 33\)\]; this model's 1 text tower\(s\) are \[32\] wide",
     ),
+    "row of rows": ({"<toy>": torch.ones(2, 1, 32)}, r"its vectors have shapes \[\(2, 1, 32\)\]"),
     "pair": ({"clip_l": torch.ones(1, 32), "clip_g": torch.ones(1, 64)}, "this model's 1 text tower"),
     "other": ({"a": torch.ones(1), "b": torch.ones(1)}, "expected a textual inversion .* found 2 tensors: 'a', 'b'"),
     "nan": ({"<toy>": torch.full((1, 32), float("nan"))}, "hold NaN or infinite"),
@@ -135,5 +136,9 @@ def test_words_that_exist_are_refused(sd15, tmp_path):
     with pytest.raises(ValueError, match="the word 'cat' is a token of this model already"):
         with_inversions(sd15.text_encoders, sd15.tokenizers, [found])
     other = read_inversion(tmp_path / "x.safetensors", sd15.text_encoders, word="<x>")
+    towers, tokenizers = with_inversions(sd15.text_encoders, sd15.tokenizers, [other])
+    with pytest.raises(ValueError, match="the tokenizer has 49408 tokens, the tower 49411: words can not be added"):
+        with_inversions(towers, sd15.tokenizers, [other])
+    assert len(tokenizers[0]) == 49411
     with pytest.raises(ValueError, match="the word '<x>' is a token"):
         with_inversions(sd15.text_encoders, sd15.tokenizers, [other, other])

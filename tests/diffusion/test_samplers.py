@@ -378,6 +378,25 @@ def test_runs_may_start_from_noise_alone(name, schedule, spacing, noise):
     assert last.x.abs().max() < 4.5
 
 
+@pytest.mark.parametrize(("s", "s_next"), [(1000.0, 5.0), (2e4, 60.0), (999.0, 5.0)])
+def test_the_first_step_from_noise_alone_is_that_of_x0_not_of_the_slope(s, s_next, noise):
+    """Heun takes the mean of both x0, DPM2 holds the x0 of the middle; below a sigma of 1000 both do as their papers say."""
+    x, sigmas, alone = s * noise(1, 3, 4, 4), torch.tensor([s, s_next], dtype=torch.float64), s >= 1000
+    first = denoise(x, sigmas[0])
+    ahead = first + s_next / s * (x - first)
+    second = denoise(ahead, sigmas[1])
+    mean = (first + second) / 2
+    slope = ((x - first) / s + (ahead - second) / s_next) / 2
+    expected = mean + s_next / s * (x - mean) if alone else x + (s_next - s) * slope
+    torch.testing.assert_close(last_of(SAMPLERS["heun"](denoise, x, sigmas, randn=None)).x, expected, rtol=1e-12, atol=0)
+
+    mid = math.sqrt(s * s_next)
+    halfway = first + mid / s * (x - first)
+    held = denoise(halfway, torch.tensor(mid, dtype=torch.float64))
+    expected = held + s_next / s * (x - held) if alone else x + (s_next - s) * (halfway - held) / mid
+    torch.testing.assert_close(last_of(SAMPLERS["dpm2"](denoise, x, sigmas, randn=None)).x, expected, rtol=1e-12, atol=0)
+
+
 def test_one_rule_has_several_names(noise):
     sigmas, x = to(0, 9), 14.6 * noise(1, 3, 4, 4)
     run = lambda name, **options: last_of(SAMPLERS[name](denoise, x, sigmas, randn=randn_of([1]), **options)).x  # noqa: E731
