@@ -275,13 +275,16 @@ def in_rgb(image: Image.Image) -> Image.Image:
     found, profile = flat(image), image.info.get("icc_profile")
     grey = Image.getmodebase(image.mode) == "L"
     if profile and (grey or image.mode == "CMYK"):
-        source = found.convert("L") if grey else image
-        with suppress(ImageCms.PyCMSError):
-            to_srgb = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), source.mode, "RGB")
-            found = to_srgb.apply(source)
-        profile = None
+        found, profile = in_srgb(found.convert("L") if grey else image, profile) or found, None
     found.info = {"icc_profile": profile}  # and no comment, recipe or other text of the user's, which some formats would save
     return found
+
+
+def in_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """The colours that the numbers mean by this profile, where it can be read."""
+    with suppress(ImageCms.PyCMSError):
+        return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), image.mode, "RGB").apply(image)
+    return None
 
 
 def flat(image: Image.Image, ground: str = "white") -> Image.Image:

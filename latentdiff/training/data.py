@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latentdiff.images import OPENS, open_picture
+from latentdiff.images import OPENS, in_srgb, open_picture
 from latentdiff.training.drawings import ComposeConfig, Drawings, DrawingSource
 
 Pictures = tuple[UInt8[Tensor, "b 3 size size"], list[str]]
@@ -175,10 +175,12 @@ def read_captions(name: str, content: bytes) -> list[str]:
 
 
 def square_picture(content: bytes, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of a picture file: upright, on white, the central square."""
+    """uint8 [size, size, 3] of a picture file: upright, on white, the central square, in sRGB."""
     with Image.open(io.BytesIO(content), formats=OPENS) as image:
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size
-        return np.array(ImageOps.fit(open_picture(image), (size, size), Image.Resampling.LANCZOS))
+        whole = open_picture(image)
+        square, profile = ImageOps.fit(whole, (size, size), Image.Resampling.LANCZOS), whole.info.get("icc_profile")
+        return np.array((profile and in_srgb(square, profile)) or square)
 
 
 def open_source(path: str | Path, size: int, *, compose: ComposeConfig | None = None) -> DrawingSource | FileSource:

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import struct
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from latentdiff import images
 from latentdiff.training import data, drawings
@@ -361,6 +362,23 @@ def test_what_lies_at_a_path_is_found_out(folder: Path, tmp_path: Path, drawings
     source = open_source(drawings_folder, 8, compose=SINGLE)
     assert isinstance(source, DrawingSource)
     assert source.config is SINGLE
+
+
+def profile_of_light() -> bytes:
+    """sRGB's own ICC profile, but for curves that take numbers as amounts of light (gamma 1)."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    (count,) = struct.unpack_from(">I", content, 128)
+    for name, at, size in (struct.unpack_from(">4sII", content, 132 + 12 * k) for k in range(count)):
+        if name.endswith(b"TRC"):
+            content[at : at + size] = struct.pack(">4s4xI", b"curv", 0).ljust(size, b"\0")
+    return bytes(content)
+
+
+def test_pictures_with_a_colour_profile_are_read_in_srgb() -> None:
+    own, light, broken = (png((55, 55, 255), icc_profile=icc) for icc in (None, profile_of_light(), b"damaged"))
+    assert np.abs(square_picture(light, 8).astype(int) - (128, 128, 255)).max() <= 1  # 55 of 255 is 0.216 of the light
+    for content in (own, broken):
+        assert (square_picture(content, 8) == (55, 55, 255)).all()
 
 
 def test_pictures_are_upright_on_white_and_cut_to_their_middle() -> None:
