@@ -118,8 +118,8 @@ def resolve(name: str) -> tuple[str, str | None]:
         sampler, spacing = names.get(key[:cut]), spacing_named(key[cut:])
         if sampler and (spacing or cut == len(key)):
             return sampler, spacing or DISTILLED.get(sampler)
-    near = difflib.get_close_matches(key, names, n=1)
-    hint = f"; did you mean {names[near[0]]}?" if near else ""
+    near = dict.fromkeys(names[found] for found in difflib.get_close_matches(key, names, n=3, cutoff=0.7))
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}{hint}")
 
 

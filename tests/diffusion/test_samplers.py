@@ -130,8 +130,14 @@ def test_an_unknown_name_is_refused_by_name(name):
     with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim") as error:
         resolve(name)
     assert repr(name) in str(error.value)
-    if name == "eulr":
-        assert str(error.value).endswith("did you mean euler?")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("heum", "heun"), ("ddmi", "ddpm or ddim"), ("eulr", "euler or euler_ancestral"), ("plmss", "plms or lms")]
+)
+def test_what_is_near_an_unknown_name_is_told(name, near):
+    with pytest.raises(ValueError, match=rf"got '{name}'; did you mean {near}\?$"):
+        resolve(name)
 
 
 # -- order --
