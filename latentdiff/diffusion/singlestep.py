@@ -217,4 +217,4 @@ def tcd(
     `lower`, (next level, eta) -> level, knows times (`samplers.bind` makes it from a schedule); without it, to (1 - eta) · sigma.
     """
     lower = lower or (lambda s_next, eta: (1 - eta) * s_next)
-    return _down_and_up(denoise, x, sigmas, randn, lambda s, s_next: lower(s_next, eta) if s_next > 0 else 0.0)
+    return _down_and_up(denoise, x, sigmas, randn, lambda s, s_next: lower(s_next, eta))
