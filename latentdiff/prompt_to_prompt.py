@@ -45,7 +45,7 @@ class Words:
         """The tokens of a word, or of several in a row, wherever they stand; empty if nowhere."""
         wanted = [bare(w) for w in phrase.split()]
         own, n = [bare(w) for w in self.words], len(wanted)
-        starts = [i for i in range(len(own) - n + 1) if n and own[i : i + n] == wanted]
+        starts = [i for i in range(len(own)) if n and own[i : i + n] == wanted]
         return tuple(p for i in starts for span in self.spans[i : i + n] for p in span)
 
     def span(self, phrase: str, argument: str) -> Span:

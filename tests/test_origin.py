@@ -189,6 +189,14 @@ def test_a_run_says_how_many_steps_it_takes(tiny_pipe):
         assert {p.steps for p in run} == {steps}
 
 
+def test_a_recipe_tells_the_strength_of_a_single_step_and_0_of_none(tiny_pipe):
+    """exact=False runs int(10 · strength) of ten steps."""
+    for strength, told in ((0.15, 0.15), (0.05, 0)):
+        options = {"strength": strength, "exact": False, "steps": 10, "seed": 1, "progress": False}
+        recipe, _ = I.parse_parameters(tiny_pipe("a cat", image=photo(), **options)[0].info["parameters"])
+        assert recipe["strength"] == told
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("size", [(32, 32), (45, 61)])
 def test_strength_0_gives_the_picture_back(tiny_pipe, exact, size):

@@ -228,6 +228,14 @@ def test_a_bad_grid_is_named(kwargs, message):
         grid(linear(), **kwargs)
 
 
+def test_times_and_levels_beyond_the_table_are_its_ends():
+    two = NoiseSchedule(torch.tensor([0.9, 0.1], dtype=torch.float64))
+    for schedule in (two, linear()):
+        low, high = schedule.sigmas[0].item(), schedule.sigmas[-1].item()
+        assert [schedule.sigma(t).item() for t in (-3.0, 0, len(schedule) - 1, 5000.0)] == pytest.approx([low, low, high, high])
+        assert [schedule.t(s).item() for s in (0.0, low / 2, low, high, 2 * high)] == [0, 0, 0, *[len(schedule) - 1] * 2]
+
+
 @pytest.mark.parametrize("abar", [[0.5], [0.5, 0.6], [0.5, 0.5], [1.0, 0.5], [0.5, 0.0], [0.5, float("nan")]])
 def test_a_schedule_that_is_no_schedule_is_refused(abar):
     with pytest.raises(ValueError, match="abar must be a decreasing sequence"):
