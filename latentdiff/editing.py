@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff import images, inversion, request
+from latentdiff import images, inversion, memory, request
 from latentdiff import prompt_to_prompt as p2p
 from latentdiff.conditioning import Cond, TextEncoder, joined
 from latentdiff.diffusion.denoiser import Denoise, Denoiser
@@ -394,9 +394,11 @@ def sound_run(pipe: Pipeline, jobs: Sequence[Job], progress: bool) -> Result:
         conds = [(joined([t[k][0] for t in told]), joined([t[k][1] for t in told])) for k in range(2)]
         pictures = [job.work.picture() for job in jobs if job.work is not None]
         z = pipe.encode(images.to_tensor(pictures)) if pictures else None
-        return sound(
-            "U-Net", pipe.unet, lambda unet: run(pipe, unet, jobs, conds, z, progress), lambda r: finite(r.old) and finite(r.new)
-        )
+
+        def whole(unet: UNet) -> Result:
+            return memory.without_recordings(lambda: run(pipe, unet, jobs, conds, z, progress))
+
+        return sound("U-Net", pipe.unet, whole, lambda r: finite(r.old) and finite(r.new))
 
 
 def run(
@@ -572,7 +574,7 @@ def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: fl
             x, sigma = step.x, step.sigma
         return x / (1 + sigma**2).sqrt(), maps
 
-    z, maps = sound("U-Net", pipe.unet, look, lambda seen: finite(seen[0]))
+    z, maps = sound("U-Net", pipe.unet, lambda unet: memory.without_recordings(lambda: look(unet)), lambda seen: finite(seen[0]))
     picture = pipe.pictures(z, asked)[0]
     return Images([picture, *(over(picture, m.heat()[0]) for m in maps)])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,11 +18,12 @@ from latentdiff.diffusion.denoiser import Denoise
 from latentdiff.models import graphs
 from latentdiff.models.attention import Site, sdpa
 
+T = TypeVar("T")
 SLICE = 1024  # queries at once in sliced attention
 TILE, OVERLAP = 64, 16  # latents along the side of a tile, and of those that it shares with the next
 
 
-def attempt(run: Callable[[], Tensor], again: Callable[[], Tensor] | None = None) -> Tensor | None:
+def attempt(run: Callable[[], T], again: Callable[[], T] | None = None) -> T | None:
     """What `run` gives, or None if memory ran out; what it held is free by then, and so is what recordings held.
 
     again: what to try in its place if they held some.
@@ -88,6 +90,14 @@ def spared(denoise: Denoise) -> Denoise:
         return done
 
     return run
+
+
+def without_recordings(run: Callable[[], T]) -> T:
+    """run(), and if memory runs out once more, from its start, without what recordings held. Errors: MemoryError."""
+    done = attempt(run, run)
+    if done is None:
+        raise MemoryError("too little memory for this edit: fewer pictures at a time (batch), or a smaller size, may fit")
+    return done
 
 
 def sliced(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -2,6 +2,8 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from latentdiff import images as I
 from latentdiff.conditioning import TextEncoder
 from latentdiff.diffusion.rules import pag
 from latentdiff.editing import Edits
+from latentdiff.models import graphs
 from latentdiff.sound import NonFiniteError
 
 FEW = {"steps": 4, "seed": 3, "progress": False}
@@ -303,6 +306,39 @@ def test_what_is_no_number_makes_no_picture(tiny_pipe, monkeypatch):
     monkeypatch.setattr(editing, "run", lambda *_: editing.Result(old=z * torch.nan, new=z, z=None))
     with pytest.raises(NonFiniteError, match="U-Net"):
         tiny_pipe.edit(None, source="a cat", target="a dog", **FEW)
+
+
+def test_where_memory_runs_out_recordings_are_given_up_and_all_begins_anew(tiny_pipe, monkeypatch):
+    monkeypatch.setattr(graphs, "everywhere", WeakSet())
+    recordings = graphs.Recordings("network", torch.nn.Identity(), lambda run: ((lambda: None), run()))
+    edit = partial(tiny_pipe.edit, None, source="a cat", target="a dog", region="cat", **FEW)
+    calls, denoiser, fails = [], editing.Maker.denoiser, lambda: False
+
+    def watched(maker, attend):
+        own = denoiser(maker, attend)
+
+        def network(*inputs):
+            calls.append(out := own.network(*inputs))  # after the attention was looked at
+            if fails():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return out
+
+        return replace(own, network=network)
+
+    monkeypatch.setattr(editing.Maker, "denoiser", watched)
+    for make in (edit, partial(tiny_pipe.attention, "a cat", "cat", **FEW)):
+        calls.clear()
+        fails = lambda: False  # noqa: E731
+        expected, n = make(), len(calls)
+        recordings.run(lambda x: x + 1, [torch.zeros(1)])
+        calls.clear()
+        fails = lambda: len(calls) == 2 and any(recordings.known.values())  # noqa: E731
+        with pytest.warns(UserWarning, match="memory ran out: recorded kernels are given up"):
+            assert all(map(same, make(), expected))
+        assert len(calls) == n + 2
+        fails = lambda: True  # noqa: E731
+        with pytest.raises(MemoryError, match=r"too little memory for this edit: .*batch"):
+            make()
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
