@@ -165,6 +165,21 @@ def test_a_words_map_is_where_queries_agree_with_its_key():
     assert heat[6:, :2].max() < 0.01
 
 
+def test_a_map_is_the_sum_over_sites_of_the_share_that_heads_give_to_the_tokens():
+    spans, maps = ((1, 3), (2,)), p2p.Maps(((1, 3), (2,)), 4, 6)
+    expected = torch.zeros(2, 4, 6, dtype=torch.float64)
+    for seed in range(2):
+        q, k, v = (torch.randn(3, 2, n, 8, generator=torch.Generator().manual_seed(seed)) for n in (24, 5, 5))
+        maps.look(q, k, v, CROSS)
+        maps.look(q, q, q, SELF)  # places look at places: no words
+        for row, span in enumerate(spans):  # the third row is a negative prompt's
+            for place in range(24):
+                for head in range(2):
+                    scores = torch.stack([q[row, head, place].double() @ k[row, head, j].double() / 8**0.5 for j in range(5)])
+                    expected[row, place // 6, place % 6] += (scores.exp() / scores.exp().sum())[list(span)].sum() / 2
+    torch.testing.assert_close(maps.total.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_however_many_words_are_watched_attention_is_computed_once(monkeypatch):
     calls = []
     monkeypatch.setattr(p2p, "sdpa", lambda q, k, v, site: calls.append(site) or v)
