@@ -114,6 +114,17 @@ def test_values_do_what_the_paper_does_to_the_maps():
     assert torch.equal(found[1], sdpa(*new, CROSS)[1])  # the negative prompt's half is nobody's business
 
 
+@pytest.mark.parametrize(("target", "way"), [("a dog sat", "replace"), ("a big dog sat", "refine")])
+def test_words_are_replaced_where_there_are_as_many_and_else_refined(target, way):
+    options = {"cross": 0.5, "self_attention": 0.5, "weights": {}}
+    left, chosen = (
+        p2p.control(words("a cat sat"), words(target), torch.tensor([2.0, 1.0, 0.0]), way=w, **options) for w in (None, way)
+    )
+    other = p2p.alignment(words("a cat sat"), words(target), "refine" if way == "replace" else "replace")
+    assert torch.equal(left.source, chosen.source)
+    assert not torch.equal(left.source[0], other)
+
+
 def test_below_its_level_control_is_nothing_at_all():
     old, new = qkv(1), qkv(2)
     assert torch.equal(attention_of(old, new, control(torch.eye(12), cross=1.0)), sdpa(*new, CROSS))

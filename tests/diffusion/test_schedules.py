@@ -119,6 +119,8 @@ def test_beta_is_the_quantile_function():
         torch.testing.assert_close(beta_quantile(p, a, b), expected, rtol=1e-11, atol=1e-14)
     arcsine = (torch.pi * p / 2).sin() ** 2
     torch.testing.assert_close(beta_quantile(p, 0.5, 0.5), arcsine, rtol=1e-12, atol=1e-14)
+    times = 999 * torch.from_numpy(special.betaincinv(0.6, 0.6, 1 - torch.arange(10).numpy() / 10))
+    torch.testing.assert_close(beta(1000, 10), times, rtol=1e-10, atol=0)
 
 
 def test_karras_is_eq_5():
