@@ -437,8 +437,8 @@ class Pipeline:
 
     def check_layers(self, rule: Rule) -> None:
         """Errors: ValueError if a rule names a layer without self-attention in this U-Net: it would do nothing, at full cost."""
-        names = [module.site.name for module in self.unet.modules() if isinstance(module, Attention) and not module.cross]
         for layer in (layer for term in rule.terms for view in term.needs for layer in view.blind):
+            names = [module.site.name for module in self.unet.modules() if isinstance(module, Attention) and not module.cross]
             if not any(name.startswith(layer) for name in names):
                 known = ", ".join(dict.fromkeys(name.partition(".attentions")[0] for name in names))
                 raise ValueError(f"guidance must name layers with self-attention, in {known}, got {shown(layer)}")
