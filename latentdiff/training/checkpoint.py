@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -57,11 +58,15 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint folder back; all tensors on the CPU."""
-    state = read_json(folder / "state.json")
-    tensors = {f.stem: load_file(f) for f in sorted(folder.glob("*.safetensors"))}
-    return Checkpoint(step=state["step"], tensors=tensors, state=state)
+def load(folder: Path, *groups: str) -> Checkpoint:
+    """Read a checkpoint folder back, or these groups of it; all tensors on the CPU. Errors: ValueError where it is damaged."""
+    try:
+        state = read_json(folder / "state.json")
+        there = groups or [file.stem for file in sorted(folder.glob("*.safetensors"))]
+        tensors = {group: load_file(folder / f"{group}.safetensors") for group in there}
+        return Checkpoint(step=state["step"], tensors=tensors, state=state)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is damaged ({error}); remove it, and the run goes on from an older checkpoint") from None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import tarfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -233,6 +234,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C is the training's to answer, which still wants the batch; a worker ends as it always did."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def batches(
     source: PictureSource, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1, workers: int = 0
 ) -> Iterator[Pictures]:
@@ -262,6 +269,7 @@ def pictures_at(positions: Iterable[range], source: PictureSource, *, seed: int,
         batch_sampler=positions,  # type: ignore[arg-type]  # any iterable does
         num_workers=workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's own generator
         prefetch_factor=4 if workers else None,
     )

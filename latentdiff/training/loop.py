@@ -11,11 +11,15 @@ Several processes are started by `accelerate launch` or `torchrun`: `torchrun --
 
 import json
 import math
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -37,6 +41,7 @@ Loss = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Mapping[str, Te
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl, and between looks at the clock
 HOPELESS = 50  # losses in a row that are not finite
+OVER = 1  # the time is; greater numbers are signals'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +83,24 @@ class LoopConfig:
     keep: int = 2
     """Checkpoints to keep."""
     max_minutes: float | None = None
-    """Stop, after saving, when the steps of this start have taken this long; the run can be resumed. What comes before the first
-    step, such as encoding the pictures, does not count."""
+    """Stop, after saving, when this start's steps, not what comes before them, took so long; the run can be resumed."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the `tensorboard` extra)."""
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value, kind = getattr(self, each.name), str(each.type)
+            if "Path" in kind and isinstance(value, str):
+                object.__setattr__(self, each.name, Path(value))
+            if kind.startswith("tuple") and isinstance(value, list):
+                object.__setattr__(self, each.name, tuple(value))
+            elif kind.startswith("tuple") and not isinstance(value, tuple) and value is not None:
+                raise ValueError(f"{each.name} must be several values, got {value!r}")
+        if self.out.exists() and not self.out.is_dir():
+            raise NotADirectoryError(f"out must be a folder, got {self.out}, which is a file")
         self.at_least(1, "steps", "batch", "save_every", "sample_every", "keep")
         self.at_least(0, "warmup", "workers", "weight_decay")
-        for name in ("lr", "clip_grad"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"max_minutes must be a positive number or None, got {self.max_minutes!r}")
+        self.positive("lr", "clip_grad", *(["max_minutes"] if self.max_minutes is not None else []))
         if not 0 <= self.lr_end <= 1:
             raise ValueError(f"lr_end must lie in [0, 1], got {self.lr_end!r}")
         if not 0 <= self.ema < 1:
@@ -103,9 +113,17 @@ class LoopConfig:
             raise ValueError(f"precision must be auto, no or bf16, got {self.precision!r}")
 
     def at_least(self, low: int, *names: str) -> None:
+        whole = [each.name for each in fields(self) if str(each.type) in ("int", "<class 'int'>", "int | None")]
         for name in names:
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
+            value, kind = getattr(self, name), Integral if name in whole else Real
+            if not isinstance(value, kind) or not low <= float(value) < math.inf:
+                raise ValueError(f"{name} must be at least {low}{', in whole numbers' * (name in whole)}, got {value!r}")
+
+    def positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def processes() -> PartialState:
@@ -161,8 +179,8 @@ def near(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 def check_run(config: LoopConfig, meta: Mapping[str, Any]) -> None:
     """What `fit` refuses before it trains; for trainers that have hours of work before it.
 
-    Errors: ValueError for a batch that the processes cannot share, or a run of another meta in `config.out`; ImportError if
-    TensorBoard is wanted and not there.
+    Errors: ValueError for a batch that the processes cannot share, and where `config.out` holds a run of another meta, or another
+    process trains; ImportError if TensorBoard is wanted and not there.
     """
     if config.batch % (n := processes().num_processes):
         raise ValueError(f"batch must be a multiple of the {n} processes, got {config.batch}")
@@ -171,6 +189,34 @@ def check_run(config: LoopConfig, meta: Mapping[str, Any]) -> None:
     folder = checkpoint.latest(config.out)
     if folder and (other := differences(read_json(folder / "state.json")["meta"], plain(meta))):
         raise ValueError(f"out: {config.out} holds a run of another model or data ({other}); choose a new folder")
+    if processes().is_main_process:
+        claim(config.out)
+
+
+claimed: dict[Path, int] = {}  # folders that this process trains in, and what it holds of each
+
+
+def claim(folder: Path) -> None:
+    """Until this process ends, no other trains in the folder: they would remove each other's files.
+
+    Errors: ValueError if one does already. On platforms without `flock`, such as Windows, nobody is kept away.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in claimed:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"out: another process trains in {folder}: wait for its end, or choose a new folder") from None
+    except OSError:  # not on every file system
+        pass
+    claimed[folder.resolve()] = handle
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -192,8 +238,9 @@ def fit(
     batches(start, rank, world) -> the batches, of config.batch // world, of this process from step `start` on.
     sample(averaged network, png path) draws a grid, on the main process.
     meta goes into every checkpoint; a run with another meta is not resumed.
-    Errors: those of `check_run`; FloatingPointError after 50 non-finite losses in a row (single ones are skipped, and reach neither
-    weights nor moments nor the average).
+    Ctrl-C and SIGTERM end it after the step, saved, with KeyboardInterrupt or SystemExit.
+    Errors: those of `check_run`; FloatingPointError after 50 non-finite losses in a row, 10 at the end (single ones are skipped,
+    and reach neither weights nor moments nor the average).
     """
     check_run(config, meta or {})
     accelerator = Accelerator(mixed_precision="no")  # autocast is ours: one process may train in several precisions in turn
@@ -213,26 +260,63 @@ def fit(
 
 def _train(run: "_Run", loss: Loss, stream: Iterator[Any], sample: Callable[[Any, Path], None] | None, bar: tqdm) -> None:
     config, main = run.config, run.accelerator.is_main_process
-    began, skipped, last = time.monotonic(), 0, False
-    while not last:
-        value, metrics = run.advance(loss, next(stream))
-        seconds = time.monotonic() - began
-        skipped = 0 if math.isfinite(value) else skipped + 1
-        if skipped == HOPELESS:
-            sound = checkpoint.latest(config.out)
-            advice = f"{sound.name} is sound: resume from it" if sound else "nothing was saved yet: start again"
-            raise FloatingPointError(
-                f"the loss was not finite {HOPELESS} times in a row, up to step {run.step}; {advice} with a lower lr"
-            )
-        bar.update()
-        bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-        last = run.step == config.steps or run.out_of_time(seconds)
-        if main and (last or run.step % LOG_EVERY == 0):
-            run.log({"loss": value, "lr": learning_rate(config, run.step - 1), "seconds": seconds, **metrics})
-        if main and (last or (run.step % config.save_every == 0 and not skipped)):  # weights that give NaN push out no sound ones
-            run.save()
-        if main and sample and (last or run.step % config.sample_every == 0):
-            sample(run.ema.model, config.out / "samples" / f"step-{run.step:08d}.png")
+    began, skipped, last, why = time.monotonic(), 0, False, 0
+    with told_to_stop() as told:
+        while not last:
+            value, metrics = run.advance(loss, next(stream))
+            seconds = time.monotonic() - began
+            skipped = 0 if math.isfinite(value) else skipped + 1
+            why = 0 if run.step == config.steps else run.stops(told, seconds)
+            last = run.step == config.steps or bool(why)
+            if skipped >= (min(LOG_EVERY, run.step) if last else HOPELESS):
+                streak = f"the loss was not finite {skipped} times in a row, up to step {run.step}"
+                raise FloatingPointError(f"{streak}; {advice(config)}")
+            bar.update()
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            if main and (last or run.step % LOG_EVERY == 0):
+                run.log({"loss": value, "lr": learning_rate(config, run.step - 1), "seconds": seconds, **metrics})
+            if main and (last or (run.step % config.save_every == 0 and not skipped)):  # weights that give NaN push no others out
+                run.save()
+            if main and sample and (last or run.step % config.sample_every == 0) and why <= OVER:
+                sample(run.ema.model, config.out / "samples" / f"step-{run.step:08d}.png")
+    if main and why:
+        print(f"stopped at step {run.step} of {config.steps}; the same command goes on from there", file=sys.stderr)
+    if why > OVER:
+        raise KeyboardInterrupt if why == signal.SIGINT else SystemExit(128 + why)
+
+
+def advice(config: LoopConfig) -> str:
+    """What to do after losses that were not finite."""
+    if (saved := checkpoint.latest(config.out)) is None:
+        return "nothing was saved yet: start again with a lower lr"
+    return f"{saved.name} was saved before: resume with a lower lr; if that does not help, remove it, and an older one is taken"
+
+
+@contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C or a SIGTERM: then it holds the signal's number, and the next one acts as ever."""
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
+        yield told
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        told.append(number)
+        restore()
+        with suppress(OSError):  # print may be at work already
+            os.write(2, b"\nthis step is finished and saved; once more stops at once\n")
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield told
+    finally:
+        restore()
 
 
 class _Run:
@@ -254,7 +338,7 @@ class _Run:
             (config.out / "samples").mkdir(parents=True, exist_ok=True)
             self._trim_metrics()
             if config.tensorboard:
-                again = self.step + 1 if self.step else None  # what a killed run wrote after its checkpoint would stand twice
+                again = self.step + 1  # what a killed run wrote after its checkpoint would stand twice
                 self.board = _summary_writer()(str(config.out / "tensorboard"), purge_step=again)
 
     def advance(self, loss: Loss, batch: Any) -> tuple[float, Mapping[str, Tensor]]:
@@ -281,12 +365,19 @@ class _Run:
         self.step += 1
         return (mean if healthy else math.nan), metrics
 
-    def out_of_time(self, seconds: float) -> bool:
-        """Whether `max_minutes` are over by the main process's clock; asked every tenth step, so that all stop at the same one."""
-        if self.config.max_minutes is None or self.step % LOG_EVERY:
-            return False
-        over = torch.tensor([seconds > self.config.max_minutes * 60], dtype=torch.uint8, device=self.accelerator.device)
-        return bool(broadcast(over).item())  # type: ignore[union-attr]
+    def stops(self, told: Sequence[int], seconds: float) -> int:
+        """Why the main process says that this is the last step: the signal that it was told, OVER if `max_minutes` are, or 0.
+
+        Several processes look every tenth step, so that all stop at the same one.
+        """
+        most = self.config.max_minutes
+        why = told[0] if told else OVER if most is not None and seconds > most * 60 else 0
+        if self.accelerator.num_processes == 1:
+            return why
+        if self.step % LOG_EVERY:
+            return 0
+        said = torch.tensor([why], dtype=torch.uint8, device=self.accelerator.device)
+        return int(broadcast(said).item())  # type: ignore[union-attr]
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """A line of metrics.jsonl; what is not finite becomes null, since JSON has no NaN."""
@@ -312,7 +403,7 @@ class _Run:
         folder = checkpoint.latest(self.config.out)
         if folder is None:
             return
-        found = checkpoint.load(folder)
+        found = checkpoint.load(folder, "model", "ema", "optimizer")
         self.raw.load_state_dict(found.tensors["model"])
         self.ema.model.load_state_dict(found.tensors["ema"])
         self.ema.updates, self.step = found.state["ema_updates"], found.step
@@ -325,7 +416,11 @@ class _Run:
         """Lines after the checkpoint that a killed run left behind would stand twice; its last one may be cut off."""
         if self.metrics.exists():
             lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            write_text(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
+            try:
+                kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.metrics} holds a line that is not one of a run's ({error}); move the file away") from None
+            write_text(self.metrics, "".join(kept))
 
 
 def _summary_writer() -> Any:

@@ -89,15 +89,58 @@ def test_the_clock_stops_a_run_that_goes_on_later(
     now = iter(range(0, 10**6, 7))  # seconds: seven for each look at the clock
     with monkeypatch.context() as patch:
         patch.setattr(loop.time, "monotonic", lambda: float(next(now)))
-        train(config(tmp_path / "cut", steps=25, max_minutes=1.2))  # 72 s: over at step 11, noticed at step 20
-    assert [p.name for p in (tmp_path / "cut").glob("step-*")] == ["step-00000020"]
-    assert [line["step"] for line in log(tmp_path / "cut")] == [10, 20]
-    assert "goes on" not in capsys.readouterr().err
+        train(config(tmp_path / "cut", steps=25, max_minutes=1.2))  # 72 s: over at step 11
+    assert [p.name for p in (tmp_path / "cut").glob("step-*")] == ["step-00000011"]
+    assert [line["step"] for line in log(tmp_path / "cut")] == [10, 11]
+    assert "stopped at step 11 of 25; the same command goes on from there\n" in capsys.readouterr().err
     resumed = train(config(tmp_path / "cut", steps=25))
-    told = f"the run in {tmp_path / 'cut'} goes on from step 20 (max_minutes was 1.2, is None)\n"
+    told = f"the run in {tmp_path / 'cut'} goes on from step 11 (max_minutes was 1.2, is None)\n"
     assert told in capsys.readouterr().err  # what is set otherwise than before
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("sent", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_stops_a_run_saved_and_a_second_one_at_once(runs: Any, tmp_path: Path, sent: str, code: int) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, signal, sys\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[1])\nimport test_loop as t\n"
+        "def loss(model, batch, generator):\n"
+        "    loss.calls += 1\n"
+        f"    if loss.calls == 4: os.kill(os.getpid(), signal.{sent})\n"
+        f"    if loss.calls == 4 and sys.argv[3] == 'twice': os.kill(os.getpid(), signal.{sent})\n"
+        "    return t.loss(model, batch, generator)\n"
+        "loss.calls = 0\n"
+        "try: t.train(t.config(Path(sys.argv[2]), sample_every=1), loss=loss, sample=lambda *_: print('drawn'))\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    for times, wanted in (("once", code), ("twice", 130 if sent == "SIGINT" else -15)):
+        command = [sys.executable, script, Path(__file__).parent, tmp_path / times, times]
+        told = subprocess.run(command, capture_output=True, text=True)
+        assert told.returncode == wanted, told.stderr
+        assert "this step is finished and saved; once more stops at once" in told.stderr
+        assert told.stdout == "drawn\n" * 3
+    assert not [*(tmp_path / "twice").glob("step-*")]
+    assert [p.name for p in (tmp_path / "once").glob("step-*")] == ["step-00000004"]
+    whole, resumed = train(config(tmp_path / "whole")), train(config(tmp_path / "once"))
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_no_second_process_trains_in_the_folder(tmp_path: Path) -> None:
+    script = "import sys; from pathlib import Path; from latentdiff.training import loop; loop.claim(Path(sys.argv[1]))"
+    script += "; print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ValueError, match=f"out: another process trains in {tmp_path}: wait for its end"):
+            train(config(tmp_path))
+        other.kill()
+    assert not [*tmp_path.iterdir()]
+    for steps in (3, 9):  # and this one may as often as it likes
+        train(config(tmp_path, steps=steps))
 
 
 def test_it_says_where_the_model_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,11 +211,22 @@ def test_a_skipped_step_is_null_in_the_log(tmp_path: Path) -> None:
 def test_fifty_in_a_row_are_an_error_and_49_are_not(tmp_path: Path) -> None:
     train(config(tmp_path / "49", steps=60), loss=failing_at(*range(3, 52), how="nan"))
     said = r"not finite 50 times in a row, up to step 53; "
-    with pytest.raises(FloatingPointError, match=said + "step-00000002 is sound: resume from it with a lower lr"):
+    with pytest.raises(FloatingPointError, match=said + "step-00000002 was saved before: resume with a lower lr; .*, remove it"):
         train(config(tmp_path / "50", steps=60, save_every=2), loss=failing_at(*range(3, 53), how="nan"))
     assert [p.name for p in (tmp_path / "50").glob("step-*")] == ["step-00000002"]
     with pytest.raises(FloatingPointError, match=said + "nothing was saved yet: start again with a lower lr"):
         train(config(tmp_path / "new", steps=60), loss=failing_at(*range(3, 53), how="nan"))
+
+
+def test_a_run_that_ends_without_numbers_is_not_saved(tmp_path: Path) -> None:
+    for name, steps, failing, last in (("all", 4, range(4), 0), ("end", 12, range(2, 12), 2), ("most", 12, range(3, 12), 12)):
+        settings = config(tmp_path / name, steps=steps, save_every=2)
+        if last < steps:
+            with pytest.raises(FloatingPointError, match=f"not finite {len(failing)} times in a row, up to step {steps}"):
+                train(settings, loss=failing_at(*failing, how="nan"))
+        else:
+            train(settings, loss=failing_at(*failing, how="nan"))
+        assert sorted(p.name for p in (tmp_path / name).glob("step-*"))[-1:] == [f"step-{last:08d}"] * bool(last)
 
 
 # ------------------------------------------------------------------------------------------------ logs, samples, checkpoints
@@ -305,6 +359,12 @@ def test_noise_depends_on_seed_step_and_rank_alone(tmp_path: Path) -> None:
     ("name", "value", "allowed"),
     [
         ("steps", 0, "at least 1"),
+        ("steps", 3.5, "at least 1, in whole numbers"),
+        ("steps", "9", "at least 1, in whole numbers"),
+        ("weight_decay", float("inf"), "at least 0"),
+        ("lr", "1e-3", "positive"),
+        ("max_minutes", float("inf"), "positive"),
+        ("betas", "ab", "several values"),
         ("batch", -3, "at least 1"),
         ("save_every", 0, "at least 1"),
         ("sample_every", 0, "at least 1"),
@@ -330,6 +390,32 @@ def test_noise_depends_on_seed_step_and_rank_alone(tmp_path: Path) -> None:
 def test_bad_values_are_refused_by_name(tmp_path: Path, name: str, value: Any, allowed: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must .*{allowed}.*got"):
         config(tmp_path, **{name: value})
+
+
+def test_paths_and_lists_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    given = LoopConfig(out=str(tmp_path / "run"), betas=[0.9, 0.99])  # pyright: ignore[reportArgumentType]
+    assert given == LoopConfig(out=tmp_path / "run", betas=(0.9, 0.99))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"out must be a folder, got .*file, which is a file"):
+        LoopConfig(out=tmp_path / "file")
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
+    train(config(tmp_path, steps=4, save_every=2))
+    newest = tmp_path / "step-00000004"
+    (newest / "optimizer.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(
+        ValueError, match=r"step-00000004 is damaged \(.*optimizer.*\); remove it, and the run goes on from an older"
+    ):
+        train(config(tmp_path))
+    (newest / "optimizer.safetensors").write_bytes((tmp_path / "kept").read_bytes()[:-7])
+    with pytest.raises(ValueError, match="step-00000004 is damaged"):
+        train(config(tmp_path))
+    (tmp_path / "kept").rename(newest / "optimizer.safetensors")
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write("what\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl holds a line that is not one of a run's"):
+        train(config(tmp_path))
 
 
 def test_autocast_is_asked_for_and_reaches_the_network(tmp_path: Path) -> None:
