@@ -319,6 +319,10 @@ def replacing(path: Path):
             with part.open("r+b") as f:  # Windows flushes only what may be written to
                 os.fsync(f.fileno())
             part.replace(path)
+        except OSError as error:
+            if error.errno and not error.filename:  # a full disk does not say where
+                error.filename = str(path)
+            raise
         finally:
             part.unlink(missing_ok=True)
 

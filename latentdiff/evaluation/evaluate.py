@@ -96,6 +96,8 @@ class Evaluation:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
+        for name in ("data", "out"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
         for name, low in (("prompts", 1), ("pictures", 2), ("sampler_pictures", 2), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}")

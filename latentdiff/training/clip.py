@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,18 @@ from latentdiff.models.text import Tokenizer, TowerSpec
 from latentdiff.training.checkpoint import latest
 from latentdiff.training.data import PictureSource, batches, open_source
 from latentdiff.training.drawings import ComposeConfig
-from latentdiff.training.loop import LoopConfig, fit, once, store
+from latentdiff.training.loop import LoopConfig, check_run, fit, once, store
 from latentdiff.training.vae import to_float
 
 LARGEST_SCALE = math.log(100)  # of the logits (Radford et al., section 2.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPCompose(ComposeConfig):
+    """Drawings as a CLIP is to see them: of more ideas than the everyday ones."""
+
+    everyday: float = 0.3
+    """Chance of an everyday idea (rather than any drawing)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +41,9 @@ class CLIPTraining(LoopConfig):
     """`latentdiff train clip`."""
 
     data: Path
-    """A built drawing dataset, a folder of captioned pictures, or a WebDataset tar."""
-    compose: ComposeConfig = field(default_factory=lambda: ComposeConfig(everyday=0.3))
-    """How drawings are composed (only for a drawing dataset)."""
+    """A built drawing dataset, or a folder or WebDataset tar of captioned pictures, of which the central square is taken."""
+    compose: CLIPCompose = field(default_factory=CLIPCompose)
+    """How drawings are composed; only for a drawing dataset."""
     size: int = 128
     """Side of the pictures, in pixels."""
     patch: int = 16
@@ -50,7 +59,7 @@ class CLIPTraining(LoopConfig):
     vocab: int = 3072
     """Size of the vocabulary, which is learnt from the captions."""
     length: int = 32
-    """Tokens the text tower reads at once, begin and end included."""
+    """Tokens the text tower reads at once, begin and end included; longer captions are cut, with a warning."""
     freeze_text: bool = False
     """Leave the text tower as it is (Zhai et al., arXiv 2111.07991): for when a U-Net already listens to it."""
     start: Path | None = None
@@ -100,8 +109,12 @@ def learn_vocabulary(captions: Iterable[str], size: int, length: int) -> Tokeniz
 
 
 def token_ids(words: Tokenizer, captions: Iterable[str], pad: int | None = None) -> Tensor:
-    """int64 [b, length]: begin, tokens, end, and `pad`, or the end again; longer captions are cut (training only)."""
-    rows = [[words.begin_id, *words(c)[: words.length - 2], words.end_id] for c in captions]
+    """int64 [b, length]: begin, tokens, end, and `pad`, or the end again; longer captions are cut, with a warning."""
+    read = [words(c) for c in captions]
+    if any(len(tokens) > words.length - 2 for tokens in read):  # said once: the text is always the same
+        advice = f"a CLIP that is trained with a greater length than {words.length} reads them whole"
+        warnings.warn(f"captions of more than {words.length - 2} tokens are cut; {advice}", stacklevel=2)
+    rows = [[words.begin_id, *tokens[: words.length - 2], words.end_id] for tokens in read]
     return torch.tensor([row + [words.end_id if pad is None else pad] * (words.length - len(row)) for row in rows])
 
 
@@ -144,15 +157,21 @@ def train_clip(config: CLIPTraining) -> Any:
 
     from latentdiff.evaluation.clip_score import IMAGE_SIZES, TEXT_SIZES, load_clip, sizes
 
+    if config.start is not None:
+        config.must_hold("start", "clip", "text_encoder", "tokenizer")
     start = None if config.start is None else load_clip(config.start).train().requires_grad_()
+    if start is not None:
+        tell_of_sizes(config, start)
     size = config.size if start is None else start.config.vision_config.image_size
     source = open_source(config.data, size=size, compose=config.compose)
+    meta = {"network": "clip", "data": source.fingerprint()}
+    check_run(config, meta)  # before a vocabulary is written beside another's run
     words = _vocabulary(config, source)
     clip = build_clip(config, words) if start is None else start
     if config.freeze_text:
         clip.text_model.requires_grad_(False)
     known = hashlib.sha256(json.dumps(tokenizer.as_data(words), sort_keys=True).encode()).hexdigest()[:16]
-    meta = {"network": "clip", "data": source.fingerprint(), "vocabulary": known}
+    meta["vocabulary"] = known
     if start is None:
         meta |= {"vocab": config.vocab, "length": config.length}
     for kind, names in (("text", TEXT_SIZES), ("vision", IMAGE_SIZES)):
@@ -180,6 +199,19 @@ def train_clip(config: CLIPTraining) -> Any:
     trained = fit(TwoTowers(clip), loss, stream, config, meta=meta).clip
     store(lambda folder: save_clip(trained, words, folder), config.out / "model")
     return trained
+
+
+def tell_of_sizes(config: CLIPTraining, start: Any) -> None:
+    """A warning of sizes that are told, and are others than those of the CLIP that the training begins with."""
+    text, vision = start.config.text_config, start.config.vision_config
+    own = {"size": vision.image_size, "patch": vision.patch_size, "width": text.hidden_size, "heads": text.num_attention_heads}
+    own |= {"text_layers": text.num_hidden_layers, "image_layers": vision.num_hidden_layers}
+    own |= {"vocab": text.vocab_size, "length": text.max_position_embeddings}
+    usual = {each.name: each.default for each in fields(config)}
+    told = [name for name in own if getattr(config, name) not in (own[name], usual[name])]
+    if told:
+        stay = ", ".join(f"{name} {own[name]} and not {getattr(config, name)}" for name in told)
+        warnings.warn(f"start: the sizes of {config.start} stay, {stay}", stacklevel=3)
 
 
 def _vocabulary(config: CLIPTraining, source: PictureSource) -> Tokenizer:

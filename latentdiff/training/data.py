@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -45,7 +45,9 @@ class PictureSource(Protocol):
 
 # ------------------------------------------------------------------------------------------------ files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
+OTHERS = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd")  # pictures that are not read
+TOLD = 5  # bad ones that are told of
 
 
 class FileSource:
@@ -67,7 +69,7 @@ class FileSource:
         root = Path(path)
         if not root.is_dir():
             raise FileNotFoundError(f"data must be a folder or an uncompressed .tar, got {root}")
-        files = {p.relative_to(root).as_posix(): (p, 0, p.stat().st_size) for p in sorted(root.rglob("*")) if p.is_file()}
+        files = {p.relative_to(root).as_posix(): (p, 0, p.stat().st_size) for p in sorted(_below(root)) if p.is_file()}
         return cls(_pairs(files, root), size, where=str(root), max_bad=max_bad)
 
     @classmethod
@@ -76,8 +78,11 @@ class FileSource:
         try:
             with tarfile.open(path, "r:") as tar:
                 files = {m.name: (path, m.offset_data, m.size) for m in tar if m.isfile()}
+                ends = os.path.getsize(path) >= tar.offset + tarfile.BLOCKSIZE  # in a block of zeros
         except tarfile.TarError as error:
-            raise ValueError(f"{path} is no uncompressed tar: {error}") from error
+            raise ValueError(f"{path} is no uncompressed tar, or not all of one: {error}") from error
+        if not ends:
+            warnings.warn(f"{path} has no mark of its end: it may be cut short, after {len(files)} files", stacklevel=3)
         return cls(_pairs(files, path), size, where=str(path), max_bad=max_bad)
 
     def __len__(self) -> int:
@@ -115,19 +120,20 @@ class FileSource:
         raise ValueError(f"{self.where} holds no usable picture: {next(iter({**self.bad, **bad}.values()))}")
 
     def note(self, bad: Mapping[int, str]) -> None:
-        """Count bad ones; the first is told. Errors: ValueError if there are too many."""
-        if bad and not self.bad:
-            warnings.warn(
-                f"{self.where}: passing over {next(iter(bad.values()))}; at most {self.max_bad:.0%} may be bad", stacklevel=3
-            )
-        self.bad |= bad
+        """Count bad ones; the first few are told. Errors: ValueError if there are too many."""
+        for i in bad.keys() - self.bad.keys():
+            self.bad[i] = bad[i]
+            if len(self.bad) <= TOLD:
+                rest = f"at most {self.max_bad:.0%} may be bad" if len(self.bad) < TOLD else "further ones are not told of"
+                warnings.warn(f"{self.where}: passing over {bad[i]}; {rest}", stacklevel=3)
         self.check(self.bad)
 
     def check(self, bad: Mapping[int, str]) -> None:
         """Errors: ValueError if these are too many."""
         if len(bad) > self.max_bad * len(self):
             reasons = "; ".join(list(bad.values())[:3])
-            raise ValueError(f"{len(bad)} of {len(self)} pictures in {self.where} are bad, max_bad is {self.max_bad}: {reasons}")
+            most = f"at most {self.max_bad:.0%} may be"
+            raise ValueError(f"{len(bad)} of {len(self)} pictures in {self.where} are bad, {most}: {reasons}")
 
     def fingerprint(self) -> str:
         """Of all names and sizes, and of what the captions say; pictures are not read for it."""
@@ -139,6 +145,18 @@ class FileSource:
         return sha.hexdigest()[:16]
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in the folders in it, also those that are linked; none whose name begins with a dot."""
+    seen: set[str] = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(at)) in seen:  # a link to where it came from
+            folders.clear()
+        else:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            yield from (Path(at, name) for name in names if not name.startswith("."))
+        seen.add(real)
+
+
 def _read(place: Place) -> bytes:
     path, start, size = place
     with open(path, "rb") as file:
@@ -147,17 +165,21 @@ def _read(place: Place) -> bytes:
 
 
 def _pairs(files: Mapping[str, Place], where: object) -> list[tuple[str, Place, str, Place]]:
-    """Every picture that has a caption, and a warning if others have none; `.txt` is preferred to `.json`.
+    """Every picture that has a caption, and a warning if others have none, or are of a kind that is not read; `.txt` is preferred
+    to `.json`.
 
-    macOS's `._cat.jpg` is not a picture but about one.
+    Hidden files are none: macOS's `._cat.jpg` is not a picture but about one.
     """
-    parts = {name: os.path.splitext(name) for name in files if not os.path.basename(name).startswith("._")}
+    parts = {name: os.path.splitext(name) for name in files if not os.path.basename(name).startswith(".")}
     texts = {(stem, suffix.lower()): name for name, (stem, suffix) in parts.items()}
     pictures = {name: stem for name, (stem, suffix) in parts.items() if suffix.lower() in SUFFIXES}
     captions = {name: texts.get((stem, ".txt")) or texts.get((stem, ".json")) for name, stem in pictures.items()}
     alone = [name for name, caption in captions.items() if caption is None]
     if 0 < len(alone) < len(pictures):
         which = f"{len(alone)} of {len(pictures)} pictures, which have no .txt or .json caption of their name, such as {alone[0]}"
+        warnings.warn(f"{where}: leaving out {which}", stacklevel=4)
+    if others := [name for name, (_, suffix) in parts.items() if suffix.lower() in OTHERS]:
+        which = f"{len(others)} pictures that are not {', '.join(OPENS)}, such as {others[0]}"
         warnings.warn(f"{where}: leaving out {which}", stacklevel=4)
     return [(name, files[name], caption, files[caption]) for name, caption in captions.items() if caption]
 
@@ -177,7 +199,11 @@ def read_captions(name: str, content: bytes) -> list[str]:
 
 def square_picture(content: bytes, size: int) -> np.ndarray:
     """uint8 [size, size, 3] of a picture file: upright, on white, the central square, in sRGB."""
-    with Image.open(io.BytesIO(content), formats=OPENS) as image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=OPENS)
+    except UnidentifiedImageError:
+        raise ValueError(f"is no picture in one of the formats {', '.join(OPENS)}") from None
+    with image:
         image.draft("RGB", (size, size))  # lets JPEG decode at a fraction of its size
         whole = open_picture(image)
         square, profile = ImageOps.fit(whole, (size, size), Image.Resampling.LANCZOS), whole.info.get("icc_profile")
@@ -185,10 +211,15 @@ def square_picture(content: bytes, size: int) -> np.ndarray:
 
 
 def open_source(path: str | Path, size: int, *, compose: ComposeConfig | None = None) -> DrawingSource | FileSource:
-    """What lies at `path`: built drawings (`compose` says how), a WebDataset tar, or a folder of captioned pictures."""
+    """What lies at `path`: built drawings (`compose` says how), a WebDataset tar, or a folder of captioned pictures.
+
+    Errors: ValueError if pictures are to be composed and there are no drawings.
+    """
     path = Path(path)
     if (path / "index.json").is_file() and (path / "drawings.npy").is_file():
         return DrawingSource(Drawings(path), compose or ComposeConfig(), size)
+    if compose is not None and compose != type(compose)():
+        raise ValueError(f"compose must be left alone for data that is no drawing dataset, such as {path}")
     if path.suffix == ".tar":
         return FileSource.tar(path, size)
     return FileSource.folder(path, size)

@@ -117,13 +117,22 @@ class LoopConfig:
         for name in names:
             value, kind = getattr(self, name), Integral if name in whole else Real
             if not isinstance(value, kind) or not low <= float(value) < math.inf:
-                raise ValueError(f"{name} must be at least {low}{', in whole numbers' * (name in whole)}, got {value!r}")
+                counted = ", in whole numbers" if kind is Integral and not isinstance(value, kind) else ""
+                raise ValueError(f"{name} must be at least {low}{counted}, got {value!r}")
 
     def positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+    def must_hold(self, name: str, *parts: str) -> None:
+        """Errors: FileNotFoundError if the model folder that `name` is lacks one of these parts."""
+        folder = getattr(self, name)
+        for part in parts:
+            if not (folder / part).is_dir():
+                hint = f": maybe {folder / 'model'} is meant" if (folder / "model" / part).is_dir() else ""
+                raise FileNotFoundError(f"{name} must be a model folder with {part}/, got {folder}{hint}")
 
 
 def processes() -> PartialState:

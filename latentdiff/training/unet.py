@@ -58,16 +58,15 @@ class UNetTraining(LoopConfig):
     """`latentdiff train unet`."""
 
     data: Path
-    """A built drawing dataset, a folder of captioned pictures, or a WebDataset tar."""
+    """A built drawing dataset, or a folder or WebDataset tar of captioned pictures, of which the central square is taken."""
     vae: Path
     """Model folder that holds `vae/`, such as `train vae` writes."""
     clip: Path
     """Model folder that holds `text_encoder/` and `tokenizer/` (and `clip/`), such as `train clip` writes."""
     compose: ComposeConfig = field(default_factory=ComposeConfig)
-    """How drawings are composed (only for a drawing dataset)."""
+    """How drawings are composed; only for a drawing dataset."""
     pictures: int | None = None
-    """Pictures whose latents are computed, once, before training. Unless told: all of a folder or tar (as often as they have
-    captions each, every time with one of them), or 40,000 composed drawings."""
+    """Pictures to encode once, before training: all of a folder or tar, with each caption, or 40,000 drawings, unless told."""
     size: int = 128
     """Side of the pictures, in pixels."""
     widths: tuple[int, ...] = (96, 160, 192)
@@ -87,8 +86,7 @@ class UNetTraining(LoopConfig):
     drop: float = 0.1
     """Chance that a caption is dropped, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598, algorithm 1)."""
     levels: tuple[float, float] | None = None
-    """Mean and standard deviation of logit(t / T), to train most at the levels where shapes are decided (Esser et al., arXiv
-    2403.03206, equation 19); None for all levels alike."""
+    """Mean and std of logit(t / T), to train most where shapes are decided (arXiv 2403.03206, eq. 19); None: all levels alike."""
     min_snr: float | None = None
     """gamma of the min-SNR weights; None for the plain loss, which v needs at the noisiest levels (their min-SNR weight is 0)."""
     start: Path | None = None
@@ -154,6 +152,10 @@ def train_unet(config: UNetTraining) -> UNet:
 
     Returns it on the training device. Errors: as `fit`, and those of loading the data and the other two networks.
     """
+    config.must_hold("clip", "text_encoder", "tokenizer")
+    config.must_hold("vae", "vae")
+    if config.start is not None:
+        config.must_hold("start", "unet")
     words, tower = load_tower(config.clip)
     vae = load_autoencoder(config.vae)
     if config.size < 1 or config.size % vae.factor:

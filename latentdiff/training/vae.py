@@ -30,9 +30,9 @@ class VAETraining(LoopConfig):
     """`latentdiff train vae`."""
 
     data: Path
-    """A built drawing dataset, a folder of captioned pictures, or a WebDataset tar."""
+    """A built drawing dataset, or a folder or WebDataset tar of captioned pictures, of which the central square is taken."""
     compose: ComposeConfig = field(default_factory=ComposeConfig)
-    """How drawings are composed (only for a drawing dataset)."""
+    """How drawings are composed; only for a drawing dataset."""
     size: int = 128
     """Side of the pictures, in pixels."""
     crop: int | None = None
@@ -60,6 +60,8 @@ class VAETraining(LoopConfig):
         for name, side in (("size", self.size), ("crop", self.crop)):
             if side is not None and (side < factor or side % factor):
                 raise ValueError(f"{name} must be a multiple of {factor} (one halving less than there are widths), got {side!r}")
+        if self.crop is not None and self.crop > self.size:
+            raise ValueError(f"crop must be at most size ({self.size}), got {self.crop!r}")
 
 
 class AutoEncoder(nn.Module):
@@ -123,7 +125,7 @@ def train_vae(config: VAETraining) -> VAE:
         return batches(source, config.batch // world, seed=config.seed, start=start, rank=rank, world=world, workers=config.workers)
 
     def sample(model: AutoEncoder, path: Path) -> None:
-        images = to_float(torch.stack([source.get(i * 37 % len(source), 0)[0] for i in range(16)]))
+        images = to_float(torch.stack([source.get(i * len(source) // 16, 0)[0] for i in range(16)]))
         device = next(model.parameters()).device
         with torch.no_grad():
             y = model.vae.decode(model.vae.encode(images.to(device))).cpu()

@@ -421,3 +421,13 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path, pid):
         part.touch()
     assert sorted(tmp_path.iterdir()) == sorted([*whole, other, running])
     assert [p.name for p in whole[0].iterdir()] == ["a"]
+
+
+def test_a_full_disk_says_where(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'a.safetensors'}'"):
+        write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
+    assert not [*tmp_path.iterdir()]

@@ -835,3 +835,10 @@ def test_the_context_tells_what_a_file_without_text_towers_is(tmp_path, width, c
     tensors = {detect.CONV_IN: torch.zeros(2, channels, 3, 3), name: torch.zeros(2, width)}
     write_safetensors(tmp_path / "a.safetensors", tensors)
     assert detect.detect(open_tensors(tmp_path / "a.safetensors")).spec == spec
+
+
+def test_a_folder_called_model_is_named_with_the_one_above(folder, tmp_path):
+    (tmp_path / "cats").mkdir()
+    shutil.copytree(folder("sd15"), tmp_path / "cats" / "model")
+    assert load_parts(tmp_path / "cats" / "model").title == "cats/model"
+    assert load_parts(folder("sd15")).title == folder("sd15").name

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,8 +272,36 @@ def test_a_run_outlives_its_version_of_transformers(
 
 def test_a_start_brings_the_size_of_its_pictures(runs: Any, pictures: Path, clip_folder: Path, tmp_path: Path) -> None:
     sizes = {**runs.CLIP_SIZES, "size": 32}
-    trained = train_clip(config(tmp_path, pictures, sizes, start=clip_folder, steps=1))
+    with pytest.warns(UserWarning, match=f"start: the sizes of {clip_folder} stay, size {runs.SIZE} and not 32$"):
+        trained = train_clip(config(tmp_path, pictures, sizes, start=clip_folder, steps=1))
     assert trained.config.vision_config.image_size == runs.SIZE
+
+
+def test_a_start_that_is_no_model_folder_is_named(runs: Any, pictures: Path, clip_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copytree(clip_folder, tmp_path / "run" / "model")
+    said = f"start must be a model folder with clip/, got {tmp_path / 'run'}: maybe {tmp_path / 'run' / 'model'} is meant"
+    with pytest.raises(FileNotFoundError, match=said):
+        train_clip(config(tmp_path / "new", pictures, runs.CLIP_SIZES, start=tmp_path / "run"))
+
+
+def test_captions_that_are_cut_are_told_of(words: Tokenizer) -> None:
+    short = Tokenizer(words.vocab, words.merges, length=5)
+    with warnings.catch_warnings(action="error"):
+        token_ids(short, ["a a a", ""])
+    with pytest.warns(UserWarning, match="captions of more than 3 tokens are cut; a CLIP that is trained with a greater length"):
+        assert token_ids(short, ["a a a a"]).tolist() == token_ids(short, ["a a a"]).tolist()
+
+
+def test_a_refused_run_leaves_what_lies_there(runs: Any, pictures: Path, tmp_path: Path) -> None:
+    train_clip(config(tmp_path, pictures, runs.CLIP_SIZES, steps=1))
+    shutil.rmtree(tmp_path / "tokenizer")
+    state = tmp_path / "step-00000001" / "state.json"
+    found = json.loads(state.read_text())
+    state.write_text(json.dumps(found | {"meta": found["meta"] | {"network": "vae"}}))
+    with pytest.raises(ValueError, match="holds a run of another model"):
+        train_clip(config(tmp_path, pictures, runs.CLIP_SIZES, steps=2))
+    assert not (tmp_path / "tokenizer").exists()
 
 
 def test_a_scale_above_its_limit_comes_down_and_learns_on(runs: Any, pictures: Path, clip_folder: Path, tmp_path: Path) -> None:

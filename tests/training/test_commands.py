@@ -19,9 +19,9 @@ def run(capsys: pytest.CaptureFixture[str], *tokens: Any) -> tuple[int, str, str
     return int(exit.value.code or 0), out, err
 
 
-def test_options_reach_the_configuration(capsys: pytest.CaptureFixture[str], pictures: Path, tmp_path: Path) -> None:
+def test_options_reach_the_configuration(capsys: pytest.CaptureFixture[str], drawings_folder: Path, tmp_path: Path) -> None:
     code, _, err = run(
-        capsys, "train", "vae", "--out", tmp_path / "vae", "--data", pictures, "--steps", 2, "--batch", 4, "--size", 16,
+        capsys, "train", "vae", "--out", tmp_path / "vae", "--data", drawings_folder, "--steps", 2, "--batch", 4, "--size", 16,
         "--widths", 8, 16, "--groups", 4, "--betas", 0.8, 0.95, "--precision", "no", "--max-minutes", 9.5,
         "--compose.everyday", 0.25, "--compose.scale", 0.5, 0.6,
     )  # fmt: skip
@@ -31,6 +31,21 @@ def test_options_reach_the_configuration(capsys: pytest.CaptureFixture[str], pic
     assert wanted.items() <= found.items()
     assert (found["compose"]["everyday"], found["compose"]["scale"], found["compose"]["pair"]) == (0.25, [0.5, 0.6], 0.14)
     assert (tmp_path / "vae" / "model" / "vae" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("more", [(), ("--compose.pair", 0.2)])
+def test_one_option_of_composing_changes_no_other(
+    capsys: pytest.CaptureFixture[str], runs: Any, drawings_folder: Path, tmp_path: Path, more: tuple[Any, ...]
+) -> None:
+    sizes = [token for name, value in runs.CLIP_SIZES.items() for token in (f"--{name.replace('_', '-')}", value)]
+    code, _, err = run(
+        capsys, "train", "clip", "--out", tmp_path, "--data", drawings_folder, "--steps", 1, "--batch", 4, *sizes, *more
+    )
+    assert code == 0, err
+    found = json.loads((tmp_path / "step-00000001" / "state.json").read_text())["config"]["compose"]
+    assert found["everyday"] == 0.3
+    assert found["pair"] == (0.2 if more else 0.14)
+    assert "[default: 0.3]" in run(capsys, "train", "clip", "--help")[1]
 
 
 def test_levels_with_attention_are_flags_in_order(
@@ -72,6 +87,7 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str], network: 
         (["--compose.everyday", "2"], "everyday is 2.0, must be a share from 0 to 1"),
         (["--stepz", "3"], "stepz"),
         (["--data", "nowhere"], "data must be a folder or an uncompressed .tar, got nowhere"),
+        (["--crop", "256"], "crop must be at most size (128), got 256"),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(

@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 import tarfile
+import warnings
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -341,6 +342,52 @@ def test_pictures_without_a_caption_are_told_of(folder: Path, tmp_path: Path) ->
             assert len(open_source(what, 8)) == 18
 
 
+def test_what_is_hidden_is_none_of_it_and_what_is_linked_is(folder: Path, tmp_path: Path) -> None:
+    more = tmp_path / "elsewhere"
+    more.mkdir()
+    (more / "a.jfif").write_bytes(png("red", form="jpeg"))
+    (more / "a.txt").write_text("linked")
+    for name in (".b", ".hidden/c", "in/.d/e"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(png())
+        (folder / f"{name}.txt").write_text("hidden")
+    (folder / "link").symlink_to(more)
+    (more / "back").symlink_to(folder)
+    source = FileSource.folder(folder, 8)
+    captions = [source.get(i, 0)[1] for i in range(len(source))]
+    assert len(captions) == 21
+    assert captions.count("linked") == 1
+
+
+def test_pictures_of_other_kinds_are_told_of(folder: Path, tmp_path: Path) -> None:
+    for name in ("x.GIF", "y.tif"):
+        (folder / name).write_bytes(b"")
+    for what in (folder, to_tar(folder, tmp_path / "p.tar")):
+        with pytest.warns(UserWarning, match=f"{what}: leaving out 2 pictures that are not PNG, JPEG, WEBP, BMP, such as x.GIF"):
+            assert len(open_source(what, 8)) == 20
+
+
+def test_a_tar_that_is_cut_short_is_told_of(folder: Path, tmp_path: Path) -> None:
+    whole = to_tar(folder, tmp_path / "whole.tar")
+    with tarfile.open(whole) as tar:
+        members = [member for member in tar if member.isfile()]
+    for where in (members[9].offset, members[9].offset + 100):  # before a file's header, and within
+        (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:where])
+        with pytest.warns(UserWarning, match=r"cut.tar has no mark of its end: it may be cut short, after 9 files"):
+            FileSource.tar(tmp_path / "cut.tar", 8)
+    with warnings.catch_warnings(action="error"):
+        FileSource.tar(whole, 8)
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[: members[9].offset_data + 1])
+    with pytest.raises(ValueError, match=r"cut\.tar is no uncompressed tar, or not all of one"):
+        FileSource.tar(tmp_path / "cut.tar", 8)
+
+
+def test_there_is_nothing_to_compose_without_drawings(folder: Path) -> None:
+    assert isinstance(open_source(folder, 8, compose=ComposeConfig()), FileSource)
+    with pytest.raises(ValueError, match=f"compose must be left alone for data that is no drawing dataset, such as {folder}"):
+        open_source(folder, 8, compose=SINGLE)
+
+
 def test_one_of_several_captions_is_chosen_by_the_seed(folder: Path) -> None:
     source = FileSource.folder(folder, 8)
     index = next(i for i, pair in enumerate(source.pairs) if pair[0].endswith("02.png"))
@@ -423,9 +470,10 @@ def test_bad_pictures_and_captions_are_passed_over_and_counted(folder: Path) -> 
     (folder / "10.json").write_text('{"caption": "half a pair \\ud83d"}')
     (folder / "14.json").write_text("[" * 100_000)
     source = FileSource.folder(folder, 8, max_bad=0.4)
-    with pytest.warns(UserWarning, match="passing over 00.png: cannot identify .*; at most 40% may be bad") as told:
+    with pytest.warns(UserWarning, match="passing over 00.png: is no picture in one of .*; at most 40% may be bad") as told:
         captions = [source.get(i, seed=0)[1] for i in range(20)]
-    assert len(told) == 1
+    assert [str(warning.message).split("passing over ")[1][:2] for warning in told] == ["00", "02", "04", "06", "08"]
+    assert str(told[-1].message).endswith("; further ones are not told of")
     assert len(source.bad) == 7
     assert not any(int(caption.split()[1]) in (0, 2, 4, 6, 8, 10, 14) for caption in captions)
     assert captions == [source.get(i, seed=0)[1] for i in range(20)]
@@ -436,7 +484,7 @@ def test_too_many_bad_pictures_are_an_error(folder: Path) -> None:
     for name in ("00.png", "02.png"):
         (folder / name).write_bytes(b"not a picture")
     source = FileSource.folder(folder, 8, max_bad=0.05)
-    said = r"2 of 20 pictures in .* are bad, max_bad is 0.05: 00.png: cannot identify"
+    said = r"2 of 20 pictures in .* are bad, at most 5% may be: 00.png: is no picture in one of"
     with pytest.raises(ValueError, match=said):
         [source.get(i, 0) for i in range(20)]
 
@@ -521,9 +569,9 @@ def test_nothing_to_train_on(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(FileNotFoundError):
         FileSource.tar(tmp_path / "missing.tar", 8)
     (tmp_path / "text.tar").write_text("no tar at all")
-    with pytest.raises(ValueError, match="is no uncompressed tar"):
+    with pytest.raises(ValueError, match="is no uncompressed tar, or not all of one"):
         FileSource.tar(tmp_path / "text.tar", 8)
-    with pytest.raises(ValueError, match="is no uncompressed tar"):
+    with pytest.raises(ValueError, match="is no uncompressed tar, or not all of one"):
         FileSource.tar(to_tar(folder, tmp_path / "packed.tar", "w:gz"), 8)
 
 

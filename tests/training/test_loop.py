@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -278,6 +279,11 @@ def test_tensorboard_gets_the_same_numbers(runs: Any, tmp_path: Path) -> None:
     board = events.EventAccumulator(str(out / "tensorboard")).Reload()
     for event, line in zip(board.Scalars("loss"), log(out), strict=True):
         assert (event.step, event.value) == (line["step"], pytest.approx(line["loss"], rel=1e-5))
+    for checkpoint in out.glob("step-*"):  # as if it had been killed before the first one
+        shutil.rmtree(checkpoint)
+    train(replace(whole, out=out, steps=20))
+    board = events.EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [10, 20]
 
 
 def test_tensorboard_that_is_missing_is_named_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

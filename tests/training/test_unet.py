@@ -410,6 +410,24 @@ def test_what_cannot_go_on_is_refused_before_anything_is_encoded(config: UNetTra
     assert not (config.out / "latents").exists()
 
 
+@pytest.mark.parametrize(("name", "part"), [("vae", "vae"), ("clip", "text_encoder"), ("start", "unet")])
+def test_a_folder_that_is_no_models_is_named(config: UNetTraining, tmp_path: Path, name: str, part: str) -> None:
+    (tmp_path / "run" / "model" / part).mkdir(parents=True)
+    said = f"{name} must be a model folder with {part}/, got {tmp_path / 'run'}: maybe {tmp_path / 'run' / 'model'} is meant"
+    with pytest.raises(FileNotFoundError, match=said):
+        train_unet(replace(config, **{name: tmp_path / "run"}))
+    with pytest.raises(FileNotFoundError, match=f"{name} must be a model folder with {part}/, got nowhere$"):
+        train_unet(replace(config, **{name: Path("nowhere")}))
+
+
+def test_paths_and_lists_may_be_texts_and_lists(config: UNetTraining) -> None:
+    plain = {"vae": str(config.vae), "clip": str(config.clip), "widths": [8, 16], "attention": [False, True], "prompts": ["a"]}
+    found = replace(config, **plain)  # pyright: ignore[reportArgumentType]
+    assert found == replace(config, widths=(8, 16), attention=(False, True), prompts=("a",))
+    with pytest.raises(ValueError, match="prompts must be several values, got 'a red disc'"):
+        replace(config, prompts="a red disc")  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("size", [17, 1, 0, -2])
 def test_pictures_that_are_no_whole_number_of_latents_are_refused(config: UNetTraining, size: int) -> None:
     with pytest.raises(ValueError, match=rf"size must be a multiple of 2 \(pixels a latent of .*\), got {size}"):

@@ -185,6 +185,21 @@ def test_bad_values_are_refused_by_name(runs: Any, pictures: Path, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:.*passing over:UserWarning")
+@pytest.mark.parametrize("n", [12, 37, 74])
+def test_the_sample_grid_shows_different_pictures(
+    runs: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    (tmp_path / "data").mkdir()
+    for i in range(n):
+        Image.new("RGB", (16, 16), (3 * i, 200, 9)).save(tmp_path / "data" / f"{i}.png")
+        (tmp_path / "data" / f"{i}.txt").write_text("a colour")
+    shown = []
+    monkeypatch.setattr(trainer, "save_grid", lambda images, *_, **__: shown.append(images))
+    train_vae(config(tmp_path / "run", tmp_path / "data", runs.VAE_SIZES, steps=1))
+    originals = torch.cat([shown[0][:8], shown[0][16:24]])
+    assert len({x.numpy().tobytes() for x in originals}) == min(n, 16)
+
+
 def test_bad_pictures_are_skipped_while_training(runs: Any, tmp_path: Path) -> None:
     """One file in thirty is no picture: training goes on without it, and in the same order on every start."""
     data = tmp_path / "data"
