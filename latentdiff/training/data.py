@@ -179,7 +179,7 @@ def _pairs(files: Mapping[str, Place], where: object) -> list[tuple[str, Place, 
         which = f"{len(alone)} of {len(pictures)} pictures, which have no .txt or .json caption of their name, such as {alone[0]}"
         warnings.warn(f"{where}: leaving out {which}", stacklevel=4)
     if others := [name for name, (_, suffix) in parts.items() if suffix.lower() in OTHERS]:
-        which = f"{len(others)} pictures that are not {', '.join(OPENS)}, such as {others[0]}"
+        which = f"what is not in one of the formats {', '.join(OPENS)}: {len(others)}, such as {others[0]}"
         warnings.warn(f"{where}: leaving out {which}", stacklevel=4)
     return [(name, files[name], caption, files[caption]) for name, caption in captions.items() if caption]
 

@@ -363,7 +363,7 @@ def test_pictures_of_other_kinds_are_told_of(folder: Path, tmp_path: Path) -> No
     for name in ("x.GIF", "y.tif"):
         (folder / name).write_bytes(b"")
     for what in (folder, to_tar(folder, tmp_path / "p.tar")):
-        with pytest.warns(UserWarning, match=f"{what}: leaving out 2 pictures that are not PNG, JPEG, WEBP, BMP, such as x.GIF"):
+        with pytest.warns(UserWarning, match=f"{what}: leaving out what is not in one of the formats .*BMP: 2, such as x.GIF"):
             assert len(open_source(what, 8)) == 20
 
 
