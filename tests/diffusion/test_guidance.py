@@ -406,6 +406,12 @@ def test_any_text_is_a_rule_or_a_value_error(text):
         (lambda: threshold(2.0), "share must be from 0 to 1, got 2.0"),
         (lambda: apg(3.0, norm=-1), "norm must be at least 0, got -1"),
         (lambda: cfg(10**400), "guidance must be a finite number, got 1000"),
+        (lambda: apg(math.nan), "guidance must be a finite number, got nan"),
+        (lambda: apg(3.0, math.inf), "parallel must be a finite number, got inf"),
+        (lambda: autoguidance(None, math.nan), "scale must be a finite number, got nan"),  # type: ignore[arg-type]
+        (lambda: pag(math.inf), "scale must be a finite number, got inf"),
+        (lambda: rescale(math.nan), "phi must be a finite number, got nan"),
+        (lambda: freeu(s2=math.nan), "s2 must be a finite number, got nan"),
         (lambda: pag(2.0, 3), "layers must be names such as 'mid_block', got 3"),
     ],
 )

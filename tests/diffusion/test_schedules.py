@@ -123,6 +123,14 @@ def test_beta_is_the_quantile_function():
     torch.testing.assert_close(beta(1000, 10), times, rtol=1e-10, atol=0)
 
 
+@pytest.mark.oracle
+def test_align_your_steps_are_the_authors_levels():
+    from diffusers.schedulers import AysSchedules
+
+    for name, theirs in (("sd15", "StableDiffusionSigmas"), ("sdxl", "StableDiffusionXLSigmas")):
+        assert list(AYS[name][:10]) == AysSchedules[theirs][:10]
+
+
 def test_karras_is_eq_5():
     sigmas = karras(0.002, 80.0, 18)
     for i, sigma in enumerate(sigmas.tolist()):

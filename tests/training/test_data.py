@@ -517,6 +517,24 @@ def test_workers_count_bad_pictures_together(folder: Path) -> None:
     assert until_it_fails(2) == alone
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_pictures_are_counted_and_told_of_once_whoever_reads(folder: Path, workers: int) -> None:
+    for name in ("00.png", "02.png"):
+        (folder / name).write_bytes(b"GIF89a: none of ours")
+    source = FileSource.folder(folder, 8, max_bad=0.1)
+    with pytest.warns(UserWarning, match="passing over 0[02].png") as told:
+        list(islice(batches(source, 5, seed=0, workers=workers), 8))  # two epochs
+    assert len(told) == len(source.bad) == 2
+
+
+def test_captions_are_counted_in_full_rounds(folder: Path) -> None:
+    """Ten of twenty pictures have a second caption: two rounds show each that is to be seen."""
+    assert FileSource.folder(folder, 8).captions() == 40
+    for file in folder.rglob("*.json"):
+        file.with_suffix(".txt").write_text("one alone")
+    assert FileSource.folder(folder, 8).captions() == 20
+
+
 def test_a_workers_error_is_told_as_it_is(folder: Path) -> None:
     for picture in folder.rglob("*.png"):
         picture.write_bytes(b"none")
