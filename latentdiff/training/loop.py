@@ -309,6 +309,7 @@ def told_to_stop() -> Iterator[list[int]]:
         yield told
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: known for number, known in before.items() if known not in (None, signal.SIG_IGN)}  # as in the background
 
     def note(number: int, frame: object) -> None:
         told.append(number)

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,25 @@ def test_a_signal_stops_a_run_saved_and_a_second_one_at_once(runs: Any, tmp_path
     whole, resumed = train(config(tmp_path / "whole")), train(config(tmp_path / "once"))
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_signals_are_answered_as_before_in_the_end_and_where_they_are_ignored(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(config(tmp_path / "a"))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def interrupted(*inputs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss(*inputs)
+
+    try:
+        train(config(tmp_path / "b"), loss=interrupted)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+    with ThreadPoolExecutor(1) as pool:  # where no signals are heard of
+        pool.submit(train, config(tmp_path / "c")).result()
+    assert all((tmp_path / name / "step-00000009").is_dir() for name in "abc")
 
 
 def test_no_second_process_trains_in_the_folder(tmp_path: Path) -> None:
