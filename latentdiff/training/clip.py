@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def train_clip(config: CLIPTraining) -> Any:
         config.must_hold("start", "clip", "text_encoder", "tokenizer")
     start = None if config.start is None else load_clip(config.start).train().requires_grad_()
     if start is not None:
-        tell_of_sizes(config, start)
+        config.tell_of_others(own_sizes(start))
     size = config.size if start is None else start.config.vision_config.image_size
     source = open_source(config.data, size=size, compose=config.compose)
     meta = {"network": "clip", "data": source.fingerprint()}
@@ -201,17 +201,12 @@ def train_clip(config: CLIPTraining) -> Any:
     return trained
 
 
-def tell_of_sizes(config: CLIPTraining, start: Any) -> None:
-    """A warning of sizes that are told, and are others than those of the CLIP that the training begins with."""
-    text, vision = start.config.text_config, start.config.vision_config
+def own_sizes(clip: Any) -> Mapping[str, Any]:
+    """Those that a configuration tells, of a CLIP that is there."""
+    text, vision = clip.config.text_config, clip.config.vision_config
     own = {"size": vision.image_size, "patch": vision.patch_size, "width": text.hidden_size, "heads": text.num_attention_heads}
     own |= {"text_layers": text.num_hidden_layers, "image_layers": vision.num_hidden_layers}
-    own |= {"vocab": text.vocab_size, "length": text.max_position_embeddings}
-    usual = {each.name: each.default for each in fields(config)}
-    told = [name for name in own if getattr(config, name) not in (own[name], usual[name])]
-    if told:
-        stay = ", ".join(f"{name} {own[name]} and not {getattr(config, name)}" for name in told)
-        warnings.warn(f"start: the sizes of {config.start} stay, {stay}", stacklevel=3)
+    return own | {"vocab": text.vocab_size, "length": text.max_position_embeddings}
 
 
 def _vocabulary(config: CLIPTraining, source: PictureSource) -> Tokenizer:

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -125,6 +126,14 @@ class LoopConfig:
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+    def tell_of_others(self, own: Mapping[str, Any]) -> None:
+        """A warning of what is told otherwise than it is in the model that the training begins with, where it stays."""
+        usual = {each.name: each.default for each in fields(self)}
+        told = [name for name in own if getattr(self, name) not in (own[name], usual[name])]
+        if told:
+            stay = ", ".join(f"{name} {own[name]} and not {getattr(self, name)}" for name in told)
+            warnings.warn(f"start: the sizes of the model there stay, {stay}", stacklevel=3)
 
     def must_hold(self, name: str, *parts: str) -> None:
         """Errors: FileNotFoundError if the model folder that `name` is lacks one of these parts."""

@@ -20,7 +20,6 @@ from latentdiff.checkpoints.families import EMBEDDED, ModelSpec, ScheduleSpec, n
 from latentdiff.checkpoints.files import read_json, write_json, write_safetensors, write_text
 from latentdiff.checkpoints.fill import Options, on_meta
 from latentdiff.checkpoints.io import Parts, from_folder, read_folder
-from latentdiff.checkpoints.keymap import VAE_SYNONYMS
 from latentdiff.checkpoints.save import check_replaceable, save_folder
 from latentdiff.conditioning import Cond
 from latentdiff.diffusion import schedules
@@ -33,13 +32,13 @@ from latentdiff.models.attention import Attention
 from latentdiff.models.initialise import init_for_training
 from latentdiff.models.text import TextTower, Tokenizer
 from latentdiff.models.unet import UNet, UNetConfig
-from latentdiff.models.vae import VAE, VAEConfig
+from latentdiff.models.vae import VAE
 from latentdiff.training.checkpoint import digest
 from latentdiff.training.clip import token_ids
 from latentdiff.training.data import FileSource, PictureSource, open_source, order, pictures_at
 from latentdiff.training.drawings import ComposeConfig
 from latentdiff.training.loop import LoopConfig, autocast, check_run, differences, fit, near, once, plain, processes, store
-from latentdiff.training.vae import to_float
+from latentdiff.training.vae import load_autoencoder, to_float
 
 DRAWINGS = 40_000  # pictures composed of them
 SHARD = 1000  # pictures a file of latents
@@ -272,15 +271,6 @@ def load_tower(folder: Path) -> tuple[Tokenizer, TextTower]:
     config = configs.Config(folder / "text_encoder" / "config.json")
     spec = replace(configs.read_tower(config, pad=pad, begin=words.begin_id, end=words.end_id), projection=None, pooled=False)
     return words, from_folder(on_meta(TextTower, spec), folder / "text_encoder", Options(dtype=torch.float32), "text tower")
-
-
-def load_autoencoder(folder: Path) -> VAE:
-    """The VAE (float32) of a model folder, of any number of latent channels: the U-Net is made to fit."""
-    config = configs.read_vae(configs.Config(folder / "vae" / "config.json"))
-    if not isinstance(config, VAEConfig):
-        raise ValueError(f"vae: {folder} holds a tiny autoencoder, whose encoder gives no distribution to train on")
-    vae = on_meta(VAE, replace(config, force_upcast=False))
-    return from_folder(vae, folder / "vae", Options(dtype=torch.float32), "VAE", VAE_SYNONYMS)
 
 
 def origin(config: UNetTraining, vae: VAE, source: PictureSource) -> Mapping[str, Any]:

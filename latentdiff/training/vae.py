@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from latentdiff.checkpoints import configs
 from latentdiff.checkpoints.files import write_json, write_safetensors
+from latentdiff.checkpoints.fill import Options, on_meta
+from latentdiff.checkpoints.io import from_folder
+from latentdiff.checkpoints.keymap import VAE_SYNONYMS
 from latentdiff.images import save_grid
 from latentdiff.models.initialise import init_for_training
 from latentdiff.models.vae import VAE, VAEConfig
@@ -47,6 +50,8 @@ class VAETraining(LoopConfig):
     """Groups of the group norms."""
     kl: float = 2e-4
     """Weight of the KL divergence, a latent number, in nats."""
+    start: Path | None = None
+    """Begin with the VAE of this model folder, and its sizes, instead of new weights."""
     edges: float = 0.5
     """Weight of the L1 difference of picture gradients: keeps outlines sharp, which a plain L1 or L2 blurs."""
 
@@ -97,24 +102,14 @@ def train_vae(config: VAETraining) -> VAE:
     Returns it on the training device. Errors: as `fit`, and those of loading the data.
     """
     source = open_source(config.data, size=config.size, compose=config.compose)
-    sizes = VAEConfig(
-        block_out_channels=config.widths,
-        layers_per_block=config.layers,
-        latent_channels=config.latent_channels,
-        norm_groups=config.groups,
-        scale=1.0,
-        force_upcast=False,
-        sample_size=config.size,
-    )
-    torch.manual_seed(config.seed)
-    vae = VAE(sizes)
-    init_for_training(vae)
+    vae = begin(config)
+    sizes = vae.config
 
     def loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         images = crops(batch[0].to(generator.device), config.crop, generator)
         b, _, h, w = images.shape
         factor = vae.factor
-        noise = torch.randn(b, config.latent_channels, h // factor, w // factor, generator=generator, device=images.device)
+        noise = torch.randn(b, sizes.latent_channels, h // factor, w // factor, generator=generator, device=images.device)
         y, mean, logvar = model(images.contiguous(memory_format=torch.channels_last), noise)
         y, mean, logvar = y.float(), mean.float(), logvar.float()
         rec, kl = reconstruction_loss(images, y, config.edges), kl_loss(mean, logvar)
@@ -135,6 +130,44 @@ def train_vae(config: VAETraining) -> VAE:
     trained = fit(AutoEncoder(vae), loss, stream, config, meta=meta, sample=sample).vae
     store(lambda folder: save_vae(trained, sizes, source, folder / "vae"), config.out / "model")
     return trained
+
+
+def begin(config: VAETraining) -> VAE:
+    """New weights, or those of `config.start`; latents are not scaled before they are known."""
+    plain: dict[str, Any] = {"scale": 1.0, "force_upcast": False, "sample_size": config.size}
+    if config.start is not None:
+        config.must_hold("start", "vae")
+        vae = load_autoencoder(config.start)
+        own, names = vae.config, {"widths": "block_out_channels", "layers": "layers_per_block", "groups": "norm_groups"}
+        config.tell_of_others(
+            {name: getattr(own, theirs) for name, theirs in names.items()} | {"latent_channels": own.latent_channels}
+        )
+        if config.size % vae.factor or (config.crop or 0) % vae.factor:
+            raise ValueError(
+                f"size and crop must be multiples of {vae.factor} with this start, got {config.size} and {config.crop}"
+            )
+        vae.config = replace(own, shift=0.0, **plain)
+        return vae.train().requires_grad_()
+    torch.manual_seed(config.seed)
+    sizes = VAEConfig(
+        block_out_channels=config.widths,
+        layers_per_block=config.layers,
+        latent_channels=config.latent_channels,
+        norm_groups=config.groups,
+        **plain,
+    )
+    vae = VAE(sizes)
+    init_for_training(vae)
+    return vae
+
+
+def load_autoencoder(folder: Path) -> VAE:
+    """The VAE (float32) of a model folder, of any number of latent channels: the U-Net is made to fit."""
+    config = configs.read_vae(configs.Config(folder / "vae" / "config.json"))
+    if not isinstance(config, VAEConfig):
+        raise ValueError(f"{folder} holds a tiny autoencoder, whose encoder gives no distribution to train on")
+    vae = on_meta(VAE, replace(config, force_upcast=False))
+    return from_folder(vae, folder / "vae", Options(dtype=torch.float32), "VAE", VAE_SYNONYMS)
 
 
 def save_vae(vae: VAE, sizes: VAEConfig, source: PictureSource, folder: Path) -> None:

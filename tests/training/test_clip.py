@@ -272,7 +272,7 @@ def test_a_run_outlives_its_version_of_transformers(
 
 def test_a_start_brings_the_size_of_its_pictures(runs: Any, pictures: Path, clip_folder: Path, tmp_path: Path) -> None:
     sizes = {**runs.CLIP_SIZES, "size": 32}
-    with pytest.warns(UserWarning, match=f"start: the sizes of {clip_folder} stay, size {runs.SIZE} and not 32$"):
+    with pytest.warns(UserWarning, match=f"start: the sizes of the model there stay, size {runs.SIZE} and not 32$"):
         trained = train_clip(config(tmp_path, pictures, sizes, start=clip_folder, steps=1))
     assert trained.config.vision_config.image_size == runs.SIZE
 

@@ -1,5 +1,6 @@
 """Training the autoencoder: its losses, its crops, its folder, exact resume."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from latentdiff.checkpoints.families import EMBEDDED
@@ -185,6 +187,37 @@ def test_bad_values_are_refused_by_name(runs: Any, pictures: Path, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:.*passing over:UserWarning")
+def test_goes_on_from_a_folder_with_its_sizes(runs: Any, pictures: Path, vae_folder: Path, tmp_path: Path) -> None:
+    other = {name: value for name, value in runs.VAE_SIZES.items() if name != "widths"} | {"widths": (4, 4, 4)}
+    with pytest.warns(UserWarning, match=r"start: the sizes of the model there stay, widths \(8, 16\) and not \(4, 4, 4\)$"):
+        train_vae(config(tmp_path / "still", pictures, other, start=vae_folder, steps=1, lr=1e-12))
+    before, after = (
+        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors") for folder in (vae_folder, tmp_path / "still" / "model")
+    )
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-9)
+    assert (vae_folder / "vae" / "config.json").read_text() == (tmp_path / "still" / "model" / "vae" / "config.json").read_text()
+    c = config(tmp_path / "on", pictures, runs.VAE_SIZES, start=vae_folder, steps=40)
+    train_vae(c)
+    log = [json.loads(line) for line in (c.out / "metrics.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    with pytest.raises(FileNotFoundError, match="start must be a model folder with vae/"):
+        train_vae(replace(c, start=tmp_path))
+
+
+def test_a_start_whose_latents_are_scaled_and_shifted_is_trained_as_it_draws(
+    runs: Any, pictures: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(vae_folder, tmp_path / "start")
+    file = tmp_path / "start" / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 7.0, "shift_factor": 3.0}))
+    losses = []
+    for start in (vae_folder, tmp_path / "start"):
+        train_vae(config(tmp_path / start.name, pictures, runs.VAE_SIZES, start=start, steps=1, precision="no"))
+        losses.append(json.loads((tmp_path / start.name / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("n", [12, 37, 74])
 def test_the_sample_grid_shows_different_pictures(
     runs: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
