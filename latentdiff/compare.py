@@ -14,7 +14,7 @@ from latentdiff.diffusion.exact import Mixture
 from latentdiff.diffusion.samplers import FACTS, SAME, SAMPLERS, resolve
 from latentdiff.diffusion.schedules import karras
 from latentdiff.images import tile
-from latentdiff.request import integer
+from latentdiff.request import integer, seeds
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -43,6 +43,7 @@ def sampler_grid(
     for n in steps:
         integer("steps", n, 1, len(pipe.schedule))
     chosen = {"seed": 0, "progress": False} | options
+    chosen["seed"] = seeds(chosen["seed"], 1)[0]  # one for all, where it is drawn
     pictures = [pipe(prompt, sampler=name, steps=n, **chosen)[0] for name in samplers for n in steps]
     return tile(pictures, len(steps), [f"{name} {n}" for name in samplers for n in steps])
 

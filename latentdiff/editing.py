@@ -222,6 +222,7 @@ class Job:
 Done = tuple[Image.Image, Image.Image, Report | None]  # after, before, report
 
 
+@torch.inference_mode(False)  # null-text inversion learns
 def edit(
     pipe: Pipeline,
     photo: Picture | Sequence[Picture] | None,
@@ -581,7 +582,7 @@ def attention(pipe: Pipeline, asked: Request, words: Sequence[str], guidance: fl
 
 def over(picture: Image.Image, heat: Float[Tensor, "h w"]) -> Image.Image:
     """A picture in grey, red where it is hot."""
-    full = F.interpolate(heat.cpu()[None, None], (picture.height, picture.width), mode="bicubic").clamp(0, 1)[0]
+    full = F.interpolate(heat.float().cpu()[None, None], (picture.height, picture.width), mode="bicubic").clamp(0, 1)[0]
     grey = images.to_tensor([picture.convert("L").convert("RGB")])[0] * 0.5
-    red = torch.tensor([1.0, -0.4, -1.0])[:, None, None]
+    red = torch.tensor([1.0, -0.4, -1.0], dtype=grey.dtype, device=grey.device)[:, None, None]
     return images.to_pil(torch.lerp(grey, red.expand_as(grey), full * 0.8)[None])[0]

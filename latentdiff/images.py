@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -57,10 +58,12 @@ class Images(list[Image.Image]):
         (that exists, or with a slash at the end) gets `<prompt>-<seed>.png`, or the next free number behind it.
         Errors: ValueError for a suffix that is none of SAVES.
         """
-        paths = names(path, self)
-        for image, target in zip(self, paths, strict=True):
-            save_image(image, target)
-        return paths
+        if not is_folder(path):
+            paths = file_names(Path(path), len(self))
+            for image, target in zip(self, paths, strict=True):
+                save_image(image, target)
+            return paths
+        return [save_beside(image, Path(path) / f"{slug(image)}.png") for image in self]
 
     def tile(self, columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:
         return tile(self, columns, labels)
@@ -114,14 +117,6 @@ def save_grid(images: Float[Tensor, "b 3 h w"], path: str | Path, columns: int |
     save_image(tile(to_pil(images), columns), Path(path))
 
 
-def names(path: str | Path, images: Sequence[Image.Image]) -> list[Path]:
-    """Where `Images.save` puts each picture."""
-    target = Path(path)
-    if is_folder(path):
-        return numbered([target / f"{slug(image)}.png" for image in images])
-    return file_names(target, len(images))
-
-
 def file_names(target: Path, n: int) -> list[Path]:
     """Those of n pictures where the user named a file."""
     check_suffix(target)
@@ -169,24 +164,35 @@ def slug(image: Image.Image) -> str:
     return "-".join(filter(None, [words or "picture", str(recipe.get("seed", ""))]))
 
 
-def numbered(paths: Sequence[Path]) -> list[Path]:
-    """Names told apart by -2, -3, …, from each other and from the files that are there."""
-    found: dict[Path, None] = {}
-    for path in paths:
-        free, k = path, 1
-        while free in found or free.exists():
+def save_beside(image: Image.Image, path: Path) -> Path:
+    """Write one picture under this name, or with -2, -3, … where there is such a file, which another thread may make just now."""
+    content, free, k = encoded(image, path), path, 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            with free.open("xb") as file:
+                file.write(content)
+            return free
+        except FileExistsError:
             free, k = path.with_name(f"{path.stem}-{k + 1}{path.suffix}"), k + 1
-        found[free] = None
-    return list(found)
 
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write one picture with the colour profile and the `parameters` of its info. Folders on the way are made."""
-    check_suffix(path)
+    content = encoded(image, path)  # what has the name stays where a format cannot hold the picture
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind, encoded = SAVES[path.suffix.lower()], io.BytesIO()
-    image.save(encoded, kind, icc_profile=image.info.get("icc_profile"), **options_of(kind, image.info.get("parameters")))
-    path.write_bytes(encoded.getbuffer())  # what has the name stays where a format cannot hold the picture
+    path.write_bytes(content)
+
+
+def encoded(image: Image.Image, path: Path) -> bytes:
+    """A picture as the file of that name is to hold it."""
+    check_suffix(path)
+    kind, file = SAVES[path.suffix.lower()], io.BytesIO()
+    options = options_of(kind, image.info.get("parameters"))
+    if kind != "PNG" and image.info.get("parameters") and "exif" not in options:
+        warnings.warn(f"{path}: the recipe is too long for a {kind} and is left out; a PNG holds it", stacklevel=3)
+    image.save(file, kind, icc_profile=image.info.get("icc_profile"), **options)
+    return file.getvalue()
 
 
 def options_of(kind: str, parameters: str | None) -> dict[str, Any]:
@@ -237,6 +243,8 @@ def open_picture(source: Picture, mode: str = "RGB") -> Image.Image:
     the last before decoding.
     """
     image = source if isinstance(source, Image.Image) else _open(Path(source))
+    if not image.width * image.height:
+        raise ValueError(f"{_name(source)}: has {image.width}×{image.height} pixels; at least one is needed")
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{_name(source)}: has {image.width}×{image.height} pixels; at most {MAX_PIXELS:,} are allowed")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO is a camera's JPEG with a preview behind
@@ -288,9 +296,11 @@ def in_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
 
 
 def flat(image: Image.Image, ground: str = "white") -> Image.Image:
-    """RGB in 8 bits: 16-bit greys scaled (PIL would clip them), transparency laid on `ground`."""
+    """RGB in 8 bits: greys of 16 bits ("I") and from 0 to 1 ("F") scaled (PIL would clip them), transparency laid on `ground`."""
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image, dtype=np.float64) / (257 if image.mode.startswith("I") else 1 / 255)
+        if image.mode == "F" and not bool(((grey >= 0) & (grey <= 255)).all()):
+            raise ValueError("numbers of mode F must lie from 0 to 1")
         return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -435,7 +445,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
     Errors: FileNotFoundError; ValueError where the file is no picture or carries no recipe.
     """
-    recipe = read_parameters(path)[0]
+    recipe, others = read_parameters(path)
+    if "Refiner" in others:
+        warnings.warn(f"{path}: the refiner, {others['Refiner']}, is no part of the recipe: see `latentdiff.refine`", stacklevel=2)
     if "method" in recipe:
         recipe["target"] = recipe.pop("prompt")
     return recipe
@@ -443,7 +455,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 def read_parameters(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The recipe of a picture's file, and what else it says (model, version, other programs' settings)."""
-    text = parameters_of(_open(Path(path)))
+    with _open(Path(path)) as image:
+        text = parameters_of(image)
     if text is None:
         raise ValueError(f"{path}: carries no recipe (a PNG text named `parameters`, or EXIF's UserComment)")
     return parse_parameters(text)

@@ -32,7 +32,7 @@ SHAPES = 64  # that a network may be compiled for
 
 @torch.inference_mode(False)  # weights made in it go other ways, to other pixels
 def load(
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -40,7 +40,7 @@ def load(
     allow_pickle: bool = False,
     variant: str | None = None,
     revision: str | None = None,
-    vae: str | os.PathLike | None = None,
+    vae: str | os.PathLike[str] | None = None,
     ema: bool = False,
     lora: Files[float] = (),
     embeddings: Files[str | None] = (),

@@ -149,7 +149,7 @@ class Pipeline:
         image_guidance: float | None = None,
         progress: bool = True,
     ) -> Images:
-        """Pictures from text. Picture k is the one that `seed + k` alone gives, on a CPU to the last bit.
+        """Pictures from text. Picture k is the one that `seed + k` alone gives, on a CPU (at one number of threads) to the last bit.
 
         prompt: a text, or several: `n` pictures of each. Any length; nothing is cut. negative: one text, or one a prompt.
         guidance: how strongly the prompt leads (Ho & Salimans, arXiv 2207.12598); 1 runs the prompt alone, at half the cost. Or a
@@ -430,7 +430,7 @@ class Pipeline:
         unet = unet or self.unet
         dtype = next(unet.parameters()).dtype
         network = self.network
-        if network is None or unet is not self.unet or isinstance(network, Cached):  # a Cached is for one run
+        if network is None or not stands_for(network, unet) or isinstance(network, Cached):  # a Cached is for one run
             network = unet
         prepare = shared(lambda *conds: joined(conds).to(dtype=dtype).project(unet, times))
         return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=prepare)
@@ -459,7 +459,7 @@ class Pipeline:
         On a CPU each picture is a group: products of other shapes round otherwise, and a picture would depend on its neighbours.
         """
         denoiser = self.denoiser(unet, self.times(asked.sigmas))
-        cached = self.network if unet is self.unet and isinstance(self.network, Cached) else None
+        cached = self.network if isinstance(self.network, Cached) and self.network.unet is unet else None
         join = shared(lambda *conds: joined(conds))
 
         def make(rows: slice, spare: bool) -> Denoise:
@@ -532,6 +532,12 @@ class Pipeline:
             return memory.whole_or_tiled(lambda part: decode(part).float(), z.to(next(vae.parameters()).dtype))
 
         return sound("VAE", self.vae, run, finite)
+
+
+def stands_for(network: Network, unet: UNet) -> bool:
+    """Whether it runs in this U-Net's place, and not in that of another, which the pipeline had before."""
+    inner = getattr(network, "unet", network)
+    return getattr(inner, "_orig_mod", inner) is unet
 
 
 def finished(run: Run, progress: bool) -> Images:

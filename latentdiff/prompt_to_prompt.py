@@ -98,7 +98,7 @@ class Control:
     def aligned(self) -> bool:
         """Each of the targets' tokens answers to the source's in the same place."""
         m, n = self.source.shape[1:]
-        return m == n and bool((self.source == torch.eye(n)).all())
+        return m == n and bool((self.source == torch.eye(n, dtype=self.source.dtype, device=self.source.device)).all())
 
     @cached_property
     def alone(self) -> bool:
@@ -131,7 +131,7 @@ def control(
     Errors: ValueError for a weighted word that the target does not have.
     """
     mixed = alignment(source, target, way or ("replace" if len(source.words) == len(target.words) else "refine"))
-    scale = torch.ones(target.length)
+    scale = torch.ones(target.length, dtype=torch.float32, device="cpu")
     for word, weight in weights.items():
         scale[list(target.span(word, "weights"))] = weight
     levels = [*sigmas[:-1].tolist(), -1.0]
@@ -155,7 +155,7 @@ def alignment(source: Words, target: Words, way: Way) -> Float[Tensor, "m n"]:
     "replace": words that stand in others' place take those words' maps (section 4.1, "word swap"). "refine": new words keep their
     own, words that are in both prompts take the source's ("adding a new phrase").
     """
-    mixed = torch.zeros(source.length, target.length)
+    mixed = torch.zeros(source.length, target.length, dtype=torch.float32, device="cpu")
     a, b = [bare(w) for w in source.words], [bare(w) for w in target.words]
     for kind, i, i_end, j, j_end in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind == "equal" or (kind == "replace" and way == "replace"):
@@ -176,7 +176,7 @@ def pair(mixed: Float[Tensor, "m n"], olds: Sequence[Span], news: Sequence[Span]
     if len(flat_old) == len(flat_new):
         mixed[flat_old, flat_new] = 1
     else:
-        mixed[torch.tensor(flat_old)[:, None], torch.tensor(flat_new)] = 1 / len(flat_new)
+        mixed[[[row] for row in flat_old], flat_new] = 1 / len(flat_new)
 
 
 # --------------------------------------------------------------------------------------------------------------- attention
@@ -268,7 +268,9 @@ class Maps:
 
     def heat(self) -> Float[Tensor, "b h w"]:
         """From 0 to 1."""
-        total = self.total if self.total is not None else torch.zeros(len(self.spans), self.height, self.width)
+        total = self.total
+        if total is None:
+            total = torch.zeros(len(self.spans), self.height, self.width, dtype=torch.float32, device="cpu")
         low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
         return (total - low) / (high - low).clamp(min=1e-12)
 

@@ -278,7 +278,9 @@ def checked_sampler(sampler: Any, schedule: NoiseSchedule) -> tuple[str, Callabl
     if not isinstance(sampler, str):
         if not callable(sampler):
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a function, got {shown(sampler)}")
-        return getattr(sampler, "__name__", type(sampler).__name__), sampler, None  # type: ignore[return-value]
+        own = getattr(sampler, "__name__", type(sampler).__name__)
+        known = SAMPLERS.get(own)  # a recipe must not take another for it
+        return own if known in (None, sampler) else f"own {own}", sampler, None  # type: ignore[return-value]
     name, spacing = resolve(sampler)
     return name, bind(name, schedule), spacing
 

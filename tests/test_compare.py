@@ -21,6 +21,12 @@ def test_the_grid_has_a_row_a_sampler_and_a_column_a_number_of_steps(tiny_pipe):
             assert sheet.crop((32 * k, row * i, 32 * (k + 1), row * i + 32)).tobytes() == alone.tobytes()
 
 
+def test_a_seed_that_is_drawn_is_one_for_all(tiny_pipe):
+    for seed in (-1, None):
+        sheet = compare.sampler_grid(tiny_pipe, "a cat", ["euler"], [2, 2], seed=seed)
+        assert sheet.crop((0, 0, 32, 32)).tobytes() == sheet.crop((32, 0, 64, 32)).tobytes()
+
+
 @pytest.mark.parametrize(
     ("samplers", "steps", "message"),
     [

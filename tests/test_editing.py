@@ -1,5 +1,6 @@
 """Editing by words: what must be identical is, what may change does, and bad input is refused before computing."""
 
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -306,6 +307,35 @@ def test_what_is_no_number_makes_no_picture(tiny_pipe, monkeypatch):
     monkeypatch.setattr(editing, "run", lambda *_: editing.Result(old=z * torch.nan, new=z, z=None))
     with pytest.raises(NonFiniteError, match="U-Net"):
         tiny_pipe.edit(None, source="a cat", target="a dog", **FEW)
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [partial(default_dtype, torch.float64), partial(torch.device, "meta"), torch.inference_mode],
+    ids=["dtype", "meta", "inference"],
+)
+def test_what_the_caller_has_set_changes_nothing(tiny_pipe, setting):
+    calls = [partial(tiny_pipe.attention, "a cat", "cat", **FEW)]
+    for options in ({"region": "cat"}, {"method": "null-text"}, {"method": "edit-friendly"}, {"words": "replace"}):
+        calls.append(partial(tiny_pipe.edit, photo(), source="a cat", target="a big dog", **options, **TWO))
+    for call in calls:
+        expected = call()
+        with setting():
+            assert all(map(same, call(), expected))
+
+
+def test_attention_is_shown_under_autocast(tiny_pipe):
+    with torch.autocast("cpu"):
+        assert len(tiny_pipe.attention("a cat", "cat", **FEW)) == 2
 
 
 def test_where_memory_runs_out_recordings_are_given_up_and_all_begins_anew(tiny_pipe, monkeypatch):

@@ -1,10 +1,13 @@
 """Pictures in, pictures out, and the recipe that travels with them."""
 
+import gc
 import io
 import math
 import struct
 import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -470,3 +473,45 @@ def test_animations_and_damaged_files_are_refused(tmp_path):
             I.open_picture(tmp_path / "b.png")
     with pytest.raises(FileNotFoundError, match="no such file"):
         I.open_picture(tmp_path / "c.png")
+
+
+def test_threads_that_save_into_one_folder_lose_nothing(tmp_path):
+    pictures = [Image.new("RGB", (4, 4), (k, 0, 0)) for k in range(64)]
+    for picture in pictures:
+        picture.info["parameters"] = I.write_parameters({"prompt": "a cat", "steps": 1, "sampler": "ddim", "seed": 1})
+    with ThreadPoolExecutor(8) as pool:
+        paths = [path for (path,) in pool.map(lambda picture: I.Images([picture]).save(tmp_path), pictures)]
+    assert len({*paths}) == len([*tmp_path.iterdir()]) == 64
+    assert all(pixel(Image.open(path)) == pixel(picture) for path, picture in zip(paths, pictures, strict=True))
+
+
+def test_a_recipe_that_does_not_fit_is_told_of(tmp_path):
+    picture = Image.new("RGB", (4, 4))
+    picture.info["parameters"] = I.write_parameters({"prompt": "a dog, " * 6000, "steps": 1, "sampler": "ddim", "seed": 1})
+    for suffix, kind in ((".jpg", "JPEG"), (".webp", "WEBP")):
+        with pytest.warns(UserWarning, match=f"a{suffix}: the recipe is too long for a {kind} and is left out; a PNG holds it"):
+            I.save_image(picture, tmp_path / f"a{suffix}")
+    with warnings.catch_warnings(action="error"):
+        I.save_image(picture, tmp_path / "a.png")
+        I.save_image(Image.new("RGB", (4, 4)), tmp_path / "b.jpg")
+
+
+def test_the_refiner_of_a_recipe_is_told_of_and_the_file_is_closed(tmp_path):
+    picture = Image.new("RGB", (4, 4))
+    picture.info["parameters"] = I.write_parameters({"prompt": "a", "steps": 1, "sampler": "ddim", "seed": 1}, {"Refiner": "xl"})
+    I.save_image(picture, tmp_path / "a.png")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        I.read_recipe(tmp_path / "a.png")
+        gc.collect()
+    (warning,) = told  # and none of an open file
+    assert "a.png: the refiner, xl, is no part of the recipe" in str(warning.message)
+
+
+def test_numbers_of_a_picture_that_mean_nothing_are_refused():
+    assert pixel(I.open_picture(Image.new("F", (2, 2), 0.5))) == (128, 128, 128)
+    for value in (228.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="numbers of mode F must lie from 0 to 1"):
+            I.open_picture(Image.new("F", (2, 2), value))
+    with pytest.raises(ValueError, match="picture: has 0×5 pixels; at least one is needed"):
+        I.open_picture(Image.new("RGB", (0, 5)))

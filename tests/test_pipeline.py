@@ -1,5 +1,6 @@
 """The pipeline: the same picture as diffusers', whatever the batch, and never one from bad input."""
 
+import copy
 import os
 import pkgutil
 import subprocess
@@ -408,6 +409,32 @@ def test_any_size(tiny_pipe):
     assert tiny_pipe("a cat", size=12, **FEW)[0].size == (12, 12)
     assert tiny_pipe("a cat", size=(np.int64(12), 4), **FEW)[0].size == (12, 4)  # as steps, seed and n may be
     assert tiny_pipe("a cat", **FEW)[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": 2}])
+def test_another_unet_in_a_pipeline_is_the_one_that_runs(options):
+    pipe = latentdiff.load(device="cpu", **options)
+    other = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(0.97)
+    found = replace(pipe, unet=other)("a cat", steps=3, seed=1, progress=False)[0]
+    assert same(found, replace(pipe, unet=other, network=None)("a cat", steps=3, seed=1, progress=False)[0])
+    assert not same(found, pipe("a cat", steps=3, seed=1, progress=False)[0])
+    replace(pipe, unet=copy.deepcopy(pipe.unet).float())("a cat", steps=2, progress=False)
+
+
+def test_an_own_sampler_of_a_known_name_is_not_taken_for_that(tiny_pipe):
+    def own(denoise, x, sigmas, *, randn):
+        yield from SAMPLERS["heun"](denoise, x, sigmas, randn=randn)
+
+    own.__name__ = "ddim"
+    for sampler, name in ((own, "own ddim"), (SAMPLERS["ddim"], "ddim"), (SAMPLERS["heun"], "heun")):
+        made = tiny_pipe("a cat", sampler=sampler, **FEW)[0]
+        recipe = I.parse_parameters(made.info["parameters"])[0]
+        assert recipe["sampler"] == name
+    with pytest.raises(ValueError, match=r"sampler must be one of .*, got 'own ddim'"):
+        tiny_pipe("a cat", sampler="own ddim", **FEW)
 
 
 def test_a_size_far_from_the_models_own_is_told_of(tiny_pipe):

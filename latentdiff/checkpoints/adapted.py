@@ -14,7 +14,7 @@ from latentdiff.models.text import TextTower
 from latentdiff.models.unet import UNet
 
 T = TypeVar("T")
-Path: TypeAlias = str | os.PathLike
+Path: TypeAlias = str | os.PathLike[str]
 Files: TypeAlias = Path | Collection[Path] | Mapping[Path, T]  # one, several, or several with a value each
 
 

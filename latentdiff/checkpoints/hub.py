@@ -21,13 +21,14 @@ def is_id(text: str) -> bool:
 
 
 def fetch(
-    repo: str, *, variant: str | None = None, revision: str | None = None, allow_pickle: bool = False, vae: bool = False
+    repo: str, *, variant: str | None = None, revision: str | None = None, allow_pickle: bool = False, vae: bool | None = None
 ) -> Path:
     """The folder of a hub id in huggingface_hub's cache; only the files that are needed are downloaded.
 
     With HF_HUB_OFFLINE, or where the hub cannot be reached or refuses, what the cache holds is used.
     Errors: FileNotFoundError, or CheckpointError with what the hub says, where that is nothing; CheckpointError for an unknown
-    revision, and for a part that is there as a pickle alone, unless `allow_pickle`. vae: only its autoencoder is needed.
+    revision, and for a part that is there as a pickle alone, unless `allow_pickle`.
+    vae: True where only its autoencoder is needed, False where all but that.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
@@ -60,11 +61,11 @@ def fetch(
         raise CheckpointError(f"{repo}: the hub says: {' '.join(said[:2])}") from None
 
 
-def needed(repo: str, files: list[str], variant: str | None, *, allow_pickle: bool = False, vae: bool = False) -> list[str]:
+def needed(repo: str, files: list[str], variant: str | None, *, allow_pickle: bool = False, vae: bool | None = None) -> list[str]:
     """Of a repository's files those that a load reads: configurations, and one precision of each part's weights.
 
-    vae: those of its autoencoder alone. A pickle is taken where a part has nothing else. Errors: CheckpointError for one without
-    `allow_pickle`.
+    vae: True for those of its autoencoder alone, False for all without its weights. A pickle is taken where a part has nothing
+    else. Errors: CheckpointError for one without `allow_pickle`.
     """
     own = "" if "config.json" in files else "vae"  # where `io.load_vae` looks
     files = [f for f in files if f.rpartition("/")[0] in ((own,) if vae else FOLDERS)]
@@ -79,6 +80,8 @@ def needed(repo: str, files: list[str], variant: str | None, *, allow_pickle: bo
     for part, kinds in weights.items():
         if not part and "model_index.json" in files:
             continue  # a model's weights lie in the folders of its parts
+        if vae is False and part == "vae":
+            continue
         if "safetensors" not in kinds and not allow_pickle:
             raise CheckpointError(
                 f"{repo}: of {part or 'the weights'} there is only a pickle (.bin), which can run code when read; if you trust it, "

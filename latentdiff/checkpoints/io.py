@@ -45,7 +45,7 @@ class Parts:
 
 @uncollected()  # a load makes many small objects that stay, and they would be looked through again and again
 def load_parts(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -53,7 +53,7 @@ def load_parts(
     allow_pickle: bool = False,
     variant: str | None = None,
     revision: str | None = None,
-    vae: str | os.PathLike | None = None,
+    vae: str | os.PathLike[str] | None = None,
     ema: bool = False,
     spec: ModelSpec | None = None,
 ) -> Parts:
@@ -71,7 +71,7 @@ def load_parts(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     options = Options(dtype=dtype, device=torch.device(device), allow_pickle=allow_pickle, variant=variant, ema=ema)
-    where = locate(path, variant=variant, revision=revision, allow_pickle=allow_pickle)
+    where = locate(path, variant=variant, revision=revision, allow_pickle=allow_pickle, vae=None if vae is None else False)
     other = None if vae is None else locate(vae, variant=variant, allow_pickle=allow_pickle, vae=True)
     if not where.is_dir():
         return _load_single(where, prediction, other, options, spec)
@@ -81,16 +81,16 @@ def load_parts(
 
 
 def locate(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     variant: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
-    vae: bool = False,
+    vae: bool | None = None,
 ) -> Path:
     """A file or folder on this machine, fetched first if `path` is a hub id and nothing of that name is here.
 
-    vae: only an autoencoder is wanted of it.
+    vae: True where only an autoencoder is wanted of it, False where all but that.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         name = "vae" if vae else "path"

@@ -237,6 +237,15 @@ def test_a_vae_is_fetched_from_where_it_is_looked_for():
     assert set(hub.needed("owner/name", [*bare, *model[:4]], None, vae=True)) == {*bare}
 
 
+def test_a_vae_that_another_stands_for_is_not_fetched(server, folder, tmp_path):
+    """So it may be in the older format."""
+    server.pickle("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin")
+    assert "LOADED" in load(server, tmp_path / "home", options=f", vae={str(folder('sd15'))!r}")
+    assert not [file for file in fetched(server) if file.startswith("vae/diffusion")]
+    assert "LOADED" in load(server, tmp_path / "home", options=f", vae={str(folder('sd15'))!r}", HF_HUB_OFFLINE="1")
+    load(server, tmp_path / "other", expect="CheckpointError: owner/name: of vae there is only a pickle")
+
+
 def test_a_pickle_at_a_models_root_is_not_asked_for():
     files = ["model_index.json", "pytorch_model.bin", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     assert set(hub.needed("owner/name", files, None)) == {*files} - {"pytorch_model.bin"}
