@@ -13,13 +13,14 @@ from torch import Tensor
 from latentdiff.diffusion.exact import Mixture
 from latentdiff.diffusion.samplers import FACTS, SAME, SAMPLERS, resolve
 from latentdiff.diffusion.schedules import karras
-from latentdiff.images import tile
+from latentdiff.images import check_folder, tile
 from latentdiff.request import integer, seeds
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
 
 STEPS = (4, 6, 10, 20, 30)
+PLOTS = (".png", ".svg", ".pdf", ".jpg", ".webp")  # that matplotlib writes
 COUNTS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 POINTS = 256  # numbers whose paths through the mixture are compared
 TOP, END = 14.6, 0.03  # Stable Diffusion's noise levels
@@ -75,8 +76,16 @@ def _error(name: str, mixture: Mixture, x: Tensor, exact: Tensor, steps: int) ->
     return evaluations, (last.x - exact).square().mean().sqrt().item()
 
 
+def check_plot(path: Path) -> None:
+    """Errors: ValueError for a file to which no plot can be written."""
+    if path.suffix not in PLOTS:
+        raise ValueError(f"plot must end in {', '.join(PLOTS)}, got {str(path)!r}")
+    check_folder(path.parent)
+
+
 def plot_convergence(path: str | Path, samplers: Sequence[str] | None = None, counts: Sequence[int] = COUNTS) -> None:
     """`convergence` as a picture, both axes logarithmic: a solver's order is its slope. Needs matplotlib."""
+    check_plot(Path(path))
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -145,6 +145,10 @@ def test_a_recipe_that_needs_a_picture_says_which_command_takes_it(run, tiny_pip
         (["generate"], "prompts must be at least one text"),
         (["generate", "a", "--steps", "0"], "steps must be an integer from 1 to 1000, got 0"),
         (["generate", "a", "--steps", "many"], "many"),
+        (["generate", "a", "--steps", "2.9"], "--steps: must be a whole number, got 2.9"),
+        (["generate", "a", "-n", "1.6"], "-n: must be a whole number, got 1.6"),
+        (["compare", "a", "--steps", "2", "2.5"], "must be a whole number, got 2.5"),
+        (["train", "vae", "--out", "x", "--data", "y", "--widths", "16", "32.5"], "must be a whole number, got 32.5"),
         (["generate", "a", "--guidance", "nan"], "guidance must be a finite number, got nan"),
         (["generate", "a", "--size", "13"], "size must be .* got 13"),
         (["generate", "a", "--size", "16x16x16"], "size must be a side or WIDTHxHEIGHT"),
@@ -163,6 +167,7 @@ def test_a_recipe_that_needs_a_picture_says_which_command_takes_it(run, tiny_pip
         (["generate", "a", "--device", "tpu"], "device must be"),
         (["generate", "a", "--dtype", "int8"], "int8"),
         (["generte", "a"], 'Did you mean "generate"'),
+        (["samplers", "--plot", "out"], "plot must end in .* got 'out'"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_code_2(run, tokens, message, tmp_path):

@@ -5,6 +5,7 @@ Nothing that stands in a folder is imported or executed: class names are compare
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,8 @@ def _distilled(name: str, sampling: SamplingSpec, schedule: ScheduleSpec, predic
         return DISTILLED[name]
     turbo = name.startswith("Euler") and sampling.spacing == "trailing" and prediction == "eps" and not schedule.zero_snr
     if turbo:
+        says = f"its scheduler ({name}, trailing, epsilon) is the one of models distilled for few steps"
+        warnings.warn(f"{says}: unless told otherwise it takes 4 steps at guidance 1", stacklevel=2)
         return replace(sampling, sampler="euler_ancestral" if "Ancestral" in name else "euler", steps=4, guidance=1.0)
     return sampling
 

@@ -5,6 +5,7 @@ file must be ours or ignorable (`keymap.IGNORABLE`). Weights kept in the file's 
 """
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ class Parts:
     tokenizers: tuple[Tokenizer, ...]
     title: str  # the file's or folder's name, without its path
     clip: Path | None = None
+    scheduler: Mapping[str, Any] | None = None  # of a folder: what its scheduler_config.json says
 
 
 @uncollected()  # a load makes many small objects that stay, and they would be looked through again and again
@@ -76,7 +78,8 @@ def load_parts(
     if not where.is_dir():
         return _load_single(where, prediction, other, options, spec)
     if ema or spec is not None:
-        raise ValueError("ema and spec are for single files; a folder tells its own sizes and holds one set of weights")
+        why = "holds one set of weights" if ema else "tells its own sizes"
+        raise ValueError(f"{'ema' if ema else 'spec'} is for single files, got {where}: a folder {why}")
     return _load_folder(where, prediction, other, options)
 
 
@@ -108,6 +111,8 @@ def locate(
 
 def _load_folder(folder: Path, prediction: Prediction | None, vae: Path | None, options: Options) -> Parts:
     spec, tokenizers = read_folder(folder)
+    check_variant(folder, options.variant)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
     spec = configs.named(replace(spec, prediction=prediction or spec.prediction))
     towers = [
         from_folder(on_meta(TextTower, tower), folder / name, options, f"text tower {name}", keymap.TEXT_SYNONYMS)
@@ -123,6 +128,7 @@ def _load_folder(folder: Path, prediction: Prediction | None, vae: Path | None, 
         tokenizers=tokenizers,
         title=named(folder.resolve()),
         clip=folder / "clip" if (folder / "clip" / "config.json").is_file() else None,
+        scheduler=read_json(scheduler) if scheduler.is_file() else None,
     )
 
 
@@ -162,6 +168,16 @@ def read_folder(folder: Path) -> tuple[ModelSpec, tuple[Tokenizer, ...]]:
         index=read_json(index) if index.is_file() else {},
     )
     return spec, tuple(tokenizers)
+
+
+def check_variant(folder: Path, variant: str | None) -> None:
+    """Errors: CheckpointError for one that no part has; a part without it takes its plain file."""
+    if variant is None:
+        return
+    found = {name for path in folder.glob("*/*.*") for name in re.findall(r"(?:model|index)\.(\w+?)(?:-\d+-of-\d+)?\.", path.name)}
+    variants = found - {"safetensors", "bin", "index"}
+    if variant not in variants:
+        raise CheckpointError(f"{folder}: no part has a variant {variant!r}; there are {', '.join(sorted(variants)) or 'none'}")
 
 
 def tower_folders(folder: Path) -> list[str]:

@@ -268,7 +268,7 @@ def _check(path: Path, where: str, change: Change, state: Mapping[str, Tensor], 
         if "bias" in change.tensors:
             shapes_only.tensors["bias"].reshape(state[f"{name}.bias"].shape)
     except (RuntimeError, KeyError):
-        shapes = ", ".join(f"{role} {list(t.shape)}" for role, t in change.tensors.items())
+        shapes = ", ".join(f"{role} {list(t.shape)}" for role, t in sorted(change.tensors.items()))
         raise CheckpointError(
             f"{path}: {where} has shape {list(shape)}, which {shapes} do not give. The LoRA was made for another model"
         ) from None

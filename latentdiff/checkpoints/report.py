@@ -12,7 +12,16 @@ from latentdiff.checkpoints.detect import CONV_IN, detect, kind_of
 from latentdiff.checkpoints.families import ModelSpec
 from latentdiff.checkpoints.files import CheckpointError, Entry, some_names
 from latentdiff.checkpoints.fill import Options, on_meta
-from latentdiff.checkpoints.io import locate, networks, open_part, open_single, read_folder, single_sources, tower_folders
+from latentdiff.checkpoints.io import (
+    check_variant,
+    locate,
+    networks,
+    open_part,
+    open_single,
+    read_folder,
+    single_sources,
+    tower_folders,
+)
 from latentdiff.models.vae_tiny import TinyVAE, TinyVAEConfig
 
 
@@ -60,6 +69,7 @@ def inspect(path: str | os.PathLike, *, allow_pickle: bool = False, variant: str
 
 def _folder(folder: Path, options: Options) -> Report:
     spec, _ = read_folder(folder)
+    check_variant(folder, options.variant)
     modules = networks(spec) | ({"vae": on_meta(TinyVAE, spec.vae)} if isinstance(spec.vae, TinyVAEConfig) else {})
     towers = tower_folders(folder)
     synonyms = {"unet": {}, "vae": keymap.VAE_SYNONYMS, **dict.fromkeys(towers, keymap.TEXT_SYNONYMS)}

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,10 @@ def save_folder(parts: Parts, path: str | os.PathLike) -> None:
     check_replaceable(Path(path))
     check_whole(parts)
     with replacing_folder(Path(path)) as folder:
-        write_json(folder / "model_index.json", configs.index_json(spec))
-        write_json(folder / "scheduler" / "scheduler_config.json", configs.scheduler_json(spec))
+        scheduler = scheduler_of(parts)
+        index = configs.index_json(spec) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+        write_json(folder / "model_index.json", index)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         _write_part(folder / "unet", "diffusion_pytorch_model", configs.unet_json(spec.unet), parts.unet)
         _write_part(folder / "vae", "diffusion_pytorch_model", configs.vae_json(spec.vae), parts.vae)
         names = ["_2"] if spec.vector == "aesthetic" else ["", "_2"]  # the refiner's only tower is called the second
@@ -56,6 +59,15 @@ def save_folder(parts: Parts, path: str | os.PathLike) -> None:
             tokenizer.write(folder / f"tokenizer{name}", words, tower.pad)
         if parts.clip is not None:
             shutil.copytree(parts.clip, folder / "clip")
+
+
+def scheduler_of(parts: Parts) -> Mapping[str, Any]:
+    """The file that the model came with, as long as it says what the model is; other programs take their sampler from it."""
+    written, own = configs.scheduler_json(parts.spec), parts.scheduler
+    if own is None or not isinstance(own.get("_class_name"), str):
+        return written
+    old, new = (configs.read_schedule(configs.Config(Path("scheduler_config.json"), dict(found))) for found in (own, written))
+    return own if old == new else written
 
 
 def check_whole(parts: Parts) -> None:
@@ -166,9 +178,9 @@ def convert(
     Errors: ValueError and FileExistsError for a target, before anything is read; else those of `load_parts`.
     """
     target = Path(target)
-    if target.suffix in (".ckpt", ".pt", ".bin"):
+    if target.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise ValueError(f"target {target}: models are written as a .safetensors file or as a folder, not as a pickle")
-    single = target.suffix == ".safetensors"
+    single = target.suffix.lower() == ".safetensors"
     if not single:
         check_replaceable(target)
     elif target.is_dir():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -105,7 +107,8 @@ class ClipScorer:
         try:
             model, _, prepare = open_clip.create_model_and_transforms(name, pretrained=str(weights), device=device)
         except Exception as error:  # of many types: an unknown name, a file of no weights or of another network's
-            raise ValueError(f"judge: open_clip makes no {name} of {weights} ({str(error)[:200]})") from error
+            why = re.split(r"\n|\. |\(1\)", str(error).strip())[0]  # torch goes on with advice to run what is in the file
+            raise ValueError(f"judge: open_clip makes no {name} of {weights} ({shorten(why, 200)})") from error
         judge: Any = model.eval()
         tokenize, transform = open_clip.get_tokenizer(name), cast(Any, prepare)
 

@@ -54,6 +54,9 @@ MEANINGS = {
 }
 
 
+MOST_STEPS = 1000  # of any schedule that we know
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """`latentdiff evaluate`."""
@@ -65,7 +68,7 @@ class Evaluation:
     out: Path = Path("evaluation")
     """Folder for evaluation.json, evaluation.md and pictures.png."""
     prompts: int = 300
-    """Pictures to generate for the zero-shot accuracy; for drawings each shows one everyday idea."""
+    """Pictures to generate for the zero-shot accuracy: of everyday ideas, or of captions of the `pictures` compared with."""
     pictures: int = 500
     """Most held-out pictures to compare with, and to generate for that."""
     guidance: float | None = None
@@ -111,8 +114,12 @@ class Evaluation:
             resolve(name)
         if self.samplers_alone and not self.samplers:
             raise ValueError("samplers must be named, or all, where they alone are compared; got none")
-        if not self.sampler_steps or min(self.sampler_steps) < 1:
-            raise ValueError(f"sampler_steps must be numbers of at least 1, got {list(self.sampler_steps)}")
+        if not self.sampler_steps or not all(1 <= steps <= MOST_STEPS for steps in self.sampler_steps):
+            raise ValueError(f"sampler_steps must be numbers from 1 to {MOST_STEPS}, got {list(self.sampler_steps)}")
+        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"steps must be from 1 to {MOST_STEPS}, got {self.steps!r}")
+        if self.sampler is not None:
+            resolve(self.sampler)
 
     @property
     def compared(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -842,3 +843,22 @@ def test_a_folder_called_model_is_named_with_the_one_above(folder, tmp_path):
     shutil.copytree(folder("sd15"), tmp_path / "cats" / "model")
     assert load_parts(tmp_path / "cats" / "model").title == "cats/model"
     assert load_parts(folder("sd15")).title == folder("sd15").name
+
+
+@pytest.mark.parametrize(("spacing", "told"), [("trailing", True), ("leading", False)])
+def test_a_model_that_is_taken_for_a_distilled_one_says_so(copied, spacing, told):
+    path = copied("sd15")
+    edit(path / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler", timestep_spacing=spacing)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert (load_parts(path).spec.sampling.steps == 4) == told
+    message = "its scheduler (EulerDiscreteScheduler, trailing, epsilon) is the one of models distilled for few steps: unless"
+    assert any(str(warning.message).startswith(message) for warning in said) == told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"ema": True}, "ema is for .* holds one set"), ({"spec": families.SD15}, "spec is for .* own")]
+)
+def test_what_is_for_single_files_alone_is_named(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_parts(folder("sd15"), **changes)

@@ -1,14 +1,17 @@
 """Inspect and convert, and saving whole or not at all."""
 
+import json
 import shutil
+import struct
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from latentdiff.checkpoints import keymap
-from latentdiff.checkpoints.files import open_tensors, write_safetensors
+from latentdiff.checkpoints.files import CheckpointError, open_tensors, write_safetensors
 from latentdiff.checkpoints.io import load_parts
 from latentdiff.checkpoints.report import inspect
 from latentdiff.checkpoints.save import check_replaceable, convert, save_folder, save_single, single_tensors
@@ -210,3 +213,61 @@ def test_inspecting_reads_no_tensor(folder, tmp_path, monkeypatch):
 
 def load_spec(folder):
     return inspect(folder("sd15")).spec
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "name", ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"]
+)
+def test_a_folder_keeps_the_sampler_that_other_programs_take_from_it(folder, tmp_path, name):
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder("sd15"), local_files_only=True)
+    more = {"use_karras_sigmas": True} if name.startswith("DPM") else {}
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **more)
+    pipe.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", name]
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours", local_files_only=True)
+    assert type(again.scheduler).__name__ == name
+    there, here = (tmp_path / whose / "scheduler" / "scheduler_config.json" for whose in ("theirs", "ours"))
+    assert json.loads(here.read_text()) == json.loads(there.read_text())
+    # what the user says otherwise goes before what the file says
+    convert(tmp_path / "theirs", tmp_path / "v", prediction="v")
+    said = json.loads((tmp_path / "v" / "scheduler" / "scheduler_config.json").read_text())
+    assert (said["_class_name"], said["prediction_type"]) == ("DDIMScheduler", "v_prediction")
+
+
+def test_tensors_begin_with_cache_lines_in_files_of_any_kind(folder, tmp_path):
+    """Mapped into memory elsewhere, float32's products would round otherwise, and a converted model draw other pixels."""
+    save_single(load_parts(folder("sd15")), tmp_path / "m.safetensors")
+    save_folder(load_parts(folder("sd15")), tmp_path / "m")
+    for path in (tmp_path / "m.safetensors", *(tmp_path / "m").glob("*/*.safetensors")):
+        content = path.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        entries = json.loads(content[8 : 8 + length])
+        places = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
+        assert (8 + length) % 64 == 0
+        assert all(begin % 64 == 0 for begin, end in places if (end - begin) % 64 == 0)
+        assert len(load_file(path)) == len(places)
+
+
+def test_a_variant_that_no_part_has_is_named(folder, tmp_path):
+    save_folder(load_parts(folder("sd15"), dtype=torch.float16), tmp_path / "m")
+    unet = tmp_path / "m" / "unet" / "diffusion_pytorch_model"
+    for load in (inspect, load_parts):
+        with pytest.raises(CheckpointError, match="no part has a variant 'fp16'; there are none"):
+            load(tmp_path / "m", variant="fp16")
+    unet.with_suffix(".safetensors").rename(unet.with_suffix(".fp16.safetensors"))
+    for load in (inspect, load_parts):
+        load(tmp_path / "m", variant="fp16")
+        with pytest.raises(CheckpointError, match="no part has a variant 'bogus'; there are fp16"):
+            load(tmp_path / "m", variant="bogus")
+
+
+def test_suffixes_in_capitals_are_suffixes(folder, tmp_path):
+    convert(folder("sd15"), tmp_path / "m.SAFETENSORS")
+    assert (tmp_path / "m.SAFETENSORS").is_file()
+    with pytest.raises(ValueError, match="not as a pickle"):
+        convert(folder("sd15"), tmp_path / "m.PTH")

@@ -189,5 +189,5 @@ def test_any_clip_of_open_clip_can_judge(tmp_path: Path) -> None:
         ClipScorer.from_open_clip("tiny-judge", tmp_path / "nothing.safetensors")
     (tmp_path / "text.pt").write_text("no weights")
     for name, weights in (("tiny-jugde", "judge.safetensors"), ("tiny-judge", "text.pt")):
-        with pytest.raises(ValueError, match=f"judge: open_clip makes no {name} of .*{weights}"):
+        with pytest.raises(ValueError, match=rf"judge: open_clip makes no {name} of .*{weights} \((?!.*weights_only)"):
             ClipScorer.from_open_clip(name, tmp_path / weights)

@@ -351,8 +351,11 @@ def test_a_model_without_a_clip_needs_a_judge(config: Evaluation, tiny_folder: P
         ({"judge": "ViT-B-32"}, ValueError, "judge must be NAME=FILE, .* got 'ViT-B-32'"),
         ({"samplers": ("ddim", "ddmi")}, ValueError, "sampler must be one of .* got 'ddmi'"),
         ({"samplers_alone": True}, ValueError, "samplers must be named, or all"),
-        ({"sampler_steps": ()}, ValueError, r"sampler_steps must be numbers of at least 1, got \[\]"),
+        ({"sampler_steps": ()}, ValueError, r"sampler_steps must be numbers from 1 to 1000, got \[\]"),
         ({"sampler_steps": (5, 0)}, ValueError, r"got \[5, 0\]"),
+        ({"sampler_steps": (5, 5000)}, ValueError, r"got \[5, 5000\]"),
+        ({"steps": 0}, ValueError, "steps must be from 1 to 1000, got 0"),
+        ({"sampler": "ddmi"}, ValueError, "sampler must be one of .* got 'ddmi'"),
     ],
 )
 def test_bad_values_are_refused_by_name(config: Evaluation, changes: dict[str, Any], error: Any, message: str) -> None:
