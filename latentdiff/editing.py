@@ -63,6 +63,10 @@ class Edits(Images):
         super().__init__(after)
         self.before, self.reports = list(before), list(reports)
 
+    def __getitem__(self, index: Any) -> Any:
+        one = super().__getitem__(index)
+        return Edits(one, self.before[index], self.reports[index]) if isinstance(index, slice) else one
+
     def sheet(self) -> Image.Image:
         """Before, after and difference of each edit, a row each."""
         return sheet(self.before, self)

@@ -51,6 +51,9 @@ class Images(list[Image.Image]):
     def __getitem__(self, index: SupportsIndex | slice) -> Image.Image | Images:
         return Images(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
 
+    def __add__(self, other: list[Image.Image]) -> Images:  # type: ignore[override]
+        return Images([*self, *other])
+
     def save(self, path: str | Path) -> list[Path]:
         """Write one file a picture with its recipe, and return the paths.
 

@@ -278,6 +278,18 @@ def test_the_recipe_makes_the_edit_again(tiny_pipe, tmp_path, method):
     assert same(tiny_pipe.edit(photo(), **recipe, progress=False)[0], edits[0])
 
 
+def test_some_edits_are_edits_and_pictures_add_up(tiny_pipe):
+    found = tiny_pipe.edit(photo(), source="a cat", target=["a dog", "a cow", "a car"], method="img2img", **FEW)
+    some = found[1:]
+    assert isinstance(some, Edits)
+    assert [*some] == [*found][1:]
+    assert some.sheet().size[1] * 3 == found.sheet().size[1] * 2
+    assert len(some.before) == len(some.reports) == 2
+    both = found + tiny_pipe("a cat", **FEW)
+    assert isinstance(both, I.Images)
+    assert len(both) == 4
+
+
 def test_the_sheet_shows_before_after_and_difference(tiny_pipe):
     edits = Edits([photo(seed=1), photo(seed=2)], [photo(seed=1), photo(seed=3)], [None, None])
     sheet = edits.sheet()
