@@ -35,7 +35,8 @@ def exactly(kind: Any, tokens: Sequence[cyclopts.Token]) -> Any:
     if int in kinds(kind) and float not in kinds(kind):
         for token in tokens:
             if "." in token.value:
-                raise ValueError(f"must be a whole number, got {token.value}")
+                name = f"{token.keyword} " if len(tokens) > 1 and token.keyword else ""  # else cyclopts says it
+                raise ValueError(f"{name}must be a whole number, got {token.value}")
     return cyclopts.convert(kind, tokens)
 
 

@@ -78,7 +78,7 @@ def _error(name: str, mixture: Mixture, x: Tensor, exact: Tensor, steps: int) ->
 
 def check_plot(path: Path) -> None:
     """Errors: ValueError for a file to which no plot can be written."""
-    if path.suffix not in PLOTS:
+    if path.suffix.lower() not in PLOTS:
         raise ValueError(f"plot must end in {', '.join(PLOTS)}, got {str(path)!r}")
     check_folder(path.parent)
 

@@ -430,7 +430,8 @@ class Pipeline:
         unet = unet or self.unet
         dtype = next(unet.parameters()).dtype
         network = self.network
-        if network is None or not stands_for(network, unet) or isinstance(network, Cached):  # a Cached is for one run
+        others = unet is not self.unet or not stands_for(network, unet)
+        if network is None or others or isinstance(network, Cached):  # a Cached is for one run
             network = unet
         prepare = shared(lambda *conds: joined(conds).to(dtype=dtype).project(unet, times))
         return Denoiser(network, self.schedule, self.spec.prediction, dtype, prepare=prepare)
@@ -534,10 +535,12 @@ class Pipeline:
         return sound("VAE", self.vae, run, finite)
 
 
-def stands_for(network: Network, unet: UNet) -> bool:
-    """Whether it runs in this U-Net's place, and not in that of another, which the pipeline had before."""
+def stands_for(network: Network | None, unet: UNet) -> bool:
+    """Whether it runs in this U-Net's place, and not in that of another, which the pipeline had before; any function may."""
     inner = getattr(network, "unet", network)
-    return getattr(inner, "_orig_mod", inner) is unet
+    if inner is not network or hasattr(inner, "_orig_mod"):
+        return getattr(inner, "_orig_mod", inner) is unet
+    return True
 
 
 def finished(run: Run, progress: bool) -> Images:

@@ -424,6 +424,18 @@ def test_another_unet_in_a_pipeline_is_the_one_that_runs(options):
     replace(pipe, unet=copy.deepcopy(pipe.unet).float())("a cat", steps=2, progress=False)
 
 
+def test_a_function_may_stand_for_the_unet(tiny_pipe):
+    calls = []
+
+    def network(*inputs, **seams):
+        calls.append(inputs[0].shape)
+        return tiny_pipe.unet(*inputs, **seams)
+
+    made = replace(tiny_pipe, network=network)("a cat", seed=1, **FEW)[0]
+    assert len(calls) == FEW["steps"]
+    assert same(made, tiny_pipe("a cat", seed=1, **FEW)[0])
+
+
 def test_an_own_sampler_of_a_known_name_is_not_taken_for_that(tiny_pipe):
     def own(denoise, x, sigmas, *, randn):
         yield from SAMPLERS["heun"](denoise, x, sigmas, randn=randn)

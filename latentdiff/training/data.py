@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import tarfile
 import warnings
@@ -152,7 +153,8 @@ def _below(folder: Path) -> Iterator[Path]:
         if (real := os.path.realpath(at)) in seen:  # a link to where it came from
             folders.clear()
         else:
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            own = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(own, key=lambda name: os.path.islink(os.path.join(at, name)))  # what is linked has its own name
             yield from (Path(at, name) for name in names if not name.startswith("."))
         seen.add(real)
 
@@ -170,7 +172,7 @@ def _pairs(files: Mapping[str, Place], where: object) -> list[tuple[str, Place, 
 
     Hidden files are none: macOS's `._cat.jpg` is not a picture but about one.
     """
-    parts = {name: os.path.splitext(name) for name in files if not os.path.basename(name).startswith(".")}
+    parts = {name: os.path.splitext(name) for name in files if not re.search(r"(^|/)\.[^./]", name)}
     texts = {(stem, suffix.lower()): name for name, (stem, suffix) in parts.items()}
     pictures = {name: stem for name, (stem, suffix) in parts.items() if suffix.lower() in SUFFIXES}
     captions = {name: texts.get((stem, ".txt")) or texts.get((stem, ".json")) for name, stem in pictures.items()}

@@ -353,10 +353,15 @@ def test_what_is_hidden_is_none_of_it_and_what_is_linked_is(folder: Path, tmp_pa
         (folder / f"{name}.txt").write_text("hidden")
     (folder / "link").symlink_to(more)
     (more / "back").symlink_to(folder)
+    (folder / "a-link-to-in").symlink_to(folder / "in")
+    (folder / "in" / "b.png").write_bytes(png())
+    (folder / "in" / "b.txt").write_text("inside")
     source = FileSource.folder(folder, 8)
     captions = [source.get(i, 0)[1] for i in range(len(source))]
-    assert len(captions) == 21
-    assert captions.count("linked") == 1
+    assert len(captions) == 22
+    assert captions.count("linked") == captions.count("inside") == 1
+    assert "in/b.png" in [pair[0] for pair in source.pairs]  # and not by the link, whatever comes first on the disk
+    assert len(FileSource.tar(to_tar(folder, tmp_path / "p.tar"), 8)) == 21  # whose links are not followed
 
 
 def test_pictures_of_other_kinds_are_told_of(folder: Path, tmp_path: Path) -> None:
