@@ -155,7 +155,9 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, kinds) or type(error).__name__ == "OutOfMemoryError"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    if isinstance(error, ImportError) and isinstance(error.__cause__, ImportError):  # cyclopts names the module, not what it lacks
+        return one_line(error.__cause__)
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -173,11 +173,17 @@ def save_beside(image: Image.Image, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            with free.open("xb") as file:
-                file.write(content)
-            return free
+            file = free.open("xb")
         except FileExistsError:
             free, k = path.with_name(f"{path.stem}-{k + 1}{path.suffix}"), k + 1
+            continue
+        try:
+            with file:
+                file.write(content)
+            return free
+        except OSError:  # a full disk
+            free.unlink()
+            raise
 
 
 def save_image(image: Image.Image, path: Path) -> None:

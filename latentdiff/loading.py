@@ -120,13 +120,13 @@ def ready(
         text=TextEncoder(tuple(t.to(device, dtype) for t in parts.text_encoders), parts.tokenizers, parts.spec),
         spec=parts.spec,
         title=parts.title,
-        options=tuple(named(float8=float8, int8=int8, weights=weights, cache=cache)),
+        options=tuple(in_words(float8=float8, int8=int8, weights=weights, cache=cache)),
         network=Cached(unet, cache) if cache > 1 else network(unet, compile),
         decoder=GraphedDecoder(vae) if device.type == "cuda" else RecordedDecoder(vae) if small and not compile else None,
     )
 
 
-def named(*, float8: bool, int8: bool, weights: Width | None, cache: int) -> Iterator[str]:
+def in_words(*, float8: bool, int8: bool, weights: Width | None, cache: int) -> Iterator[str]:
     """The options that move a picture, in words."""
     yield from ["float8"] * float8 + ["int8"] * int8 + [f"weights in {weights}"] * (weights is not None)
     yield from [f"cache {cache}"] * (cache > 1)

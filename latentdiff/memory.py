@@ -96,7 +96,7 @@ def without_recordings(run: Callable[[], T]) -> T:
     """run(), and if memory runs out once more, from its start, without what recordings held. Errors: MemoryError."""
     done = attempt(run, run)
     if done is None:
-        raise MemoryError("too little memory for this edit: fewer pictures at a time (batch), or a smaller size, may fit")
+        raise MemoryError("too little memory for these pictures: fewer at a time (batch), or a smaller size, may fit")
     return done
 
 

@@ -149,7 +149,7 @@ class Pipeline:
         image_guidance: float | None = None,
         progress: bool = True,
     ) -> Images:
-        """Pictures from text. Picture k is the one that `seed + k` alone gives, on a CPU and as many threads to the last bit.
+        """Pictures from text. Picture k is the one that `seed + k` alone gives, to the last bit on a CPU with as many threads.
 
         prompt: a text, or several: `n` pictures of each. Any length; nothing is cut. negative: one text, or one a prompt.
         guidance: how strongly the prompt leads (Ho & Salimans, arXiv 2207.12598); 1 runs the prompt alone, at half the cost. Or a

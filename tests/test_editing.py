@@ -379,7 +379,7 @@ def test_where_memory_runs_out_recordings_are_given_up_and_all_begins_anew(tiny_
             assert all(map(same, make(), expected))
         assert len(calls) == n + 2
         fails = lambda: True  # noqa: E731
-        with pytest.raises(MemoryError, match=r"too little memory for this edit: .*batch"):
+        with pytest.raises(MemoryError, match=r"too little memory for these pictures: .*batch"):
             make()
 
 

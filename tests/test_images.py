@@ -515,3 +515,20 @@ def test_numbers_of_a_picture_that_mean_nothing_are_refused():
             I.open_picture(Image.new("F", (2, 2), value))
     with pytest.raises(ValueError, match="picture: has 0×5 pixels; at least one is needed"):
         I.open_picture(Image.new("RGB", (0, 5)))
+
+
+def test_a_picture_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path, monkeypatch):
+    picture = Image.new("RGB", (4, 4))
+    picture.info["parameters"] = I.write_parameters({"prompt": "a cat", "steps": 1, "sampler": "ddim", "seed": 1})
+    full = io.BytesIO()
+    full.write = lambda content: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+
+    def opened(path, mode):
+        assert mode == "xb"
+        path.touch(exist_ok=False)
+        return full
+
+    monkeypatch.setattr(I.Path, "open", opened)
+    with pytest.raises(OSError, match="No space left"):
+        I.Images([picture]).save(tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -126,13 +126,13 @@ def _load_folder(folder: Path, prediction: Prediction | None, vae: Path | None, 
         vae=autoencoder,
         text_encoders=tuple(towers),
         tokenizers=tokenizers,
-        title=named(folder.resolve()),
+        title=title_of(folder.resolve()),
         clip=folder / "clip" if (folder / "clip" / "config.json").is_file() else None,
         scheduler=read_json(scheduler) if scheduler.is_file() else None,
     )
 
 
-def named(folder: Path) -> str:
+def title_of(folder: Path) -> str:
     """Its name; with the one above it where it is that of all that was trained."""
     return f"{folder.parent.name}/{folder.name}" if folder.name == "model" else folder.name
 

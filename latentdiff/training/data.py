@@ -122,7 +122,7 @@ class FileSource:
 
     def note(self, bad: Mapping[int, str]) -> None:
         """Count bad ones; the first few are told. Errors: ValueError if there are too many."""
-        for i in bad.keys() - self.bad.keys():
+        for i in sorted(bad.keys() - self.bad.keys()):
             self.bad[i] = bad[i]
             if len(self.bad) <= TOLD:
                 rest = f"at most {self.max_bad:.0%} may be bad" if len(self.bad) < TOLD else "further ones are not told of"

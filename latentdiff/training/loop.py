@@ -22,11 +22,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -35,6 +34,12 @@ from latentdiff.checkpoints.files import read_json, write_text
 from latentdiff.loading import best_dtype
 from latentdiff.training import checkpoint
 from latentdiff.training.ema import EMA
+
+try:
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import broadcast
+except ImportError:
+    raise ImportError('training needs accelerate: pip install "latentdiff[train]"') from None
 
 M = TypeVar("M", bound=nn.Module)
 Loss = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
@@ -89,14 +94,14 @@ class LoopConfig:
     """Also write TensorBoard events (needs the `tensorboard` extra)."""
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value, kind = getattr(self, each.name), str(each.type)
-            if "Path" in kind and isinstance(value, str):
-                object.__setattr__(self, each.name, Path(value))
-            if kind.startswith("tuple") and isinstance(value, list):
-                object.__setattr__(self, each.name, tuple(value))
-            elif kind.startswith("tuple") and not isinstance(value, tuple) and value is not None:
-                raise ValueError(f"{each.name} must be several values, got {value!r}")
+        for name, kinds in self.kinds().items():
+            value = getattr(self, name)
+            if Path in kinds and isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+            if tuple in kinds and isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+            elif tuple in kinds and not isinstance(value, tuple) and value is not None:
+                raise ValueError(f"{name} must be several values, got {value!r}")
         if self.out.exists() and not self.out.is_dir():
             raise NotADirectoryError(f"out must be a folder, got {self.out}, which is a file")
         self.at_least(1, "steps", "batch", "save_every", "sample_every", "keep")
@@ -113,10 +118,17 @@ class LoopConfig:
         if self.precision not in ("auto", "no", "bf16"):
             raise ValueError(f"precision must be auto, no or bf16, got {self.precision!r}")
 
+    @classmethod
+    def kinds(cls) -> dict[str, set[Any]]:
+        """The types that each option may have: int and NoneType of `int | None`, tuple of `tuple[int, ...]`."""
+        hints = get_type_hints(cls)
+        parts = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
+        return {name: {get_origin(part) or part for part in own} for name, own in parts.items()}
+
     def at_least(self, low: int, *names: str) -> None:
-        whole = [each.name for each in fields(self) if str(each.type) in ("int", "<class 'int'>", "int | None")]
+        kinds = self.kinds()
         for name in names:
-            value, kind = getattr(self, name), Integral if name in whole else Real
+            value, kind = getattr(self, name), Integral if int in kinds[name] else Real
             if not isinstance(value, kind) or not low <= float(value) < math.inf:
                 counted = ", in whole numbers" if kind is Integral and not isinstance(value, kind) else ""
                 raise ValueError(f"{name} must be at least {low}{counted}, got {value!r}")
@@ -195,7 +207,7 @@ def near(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 
 
 def check_run(config: LoopConfig, meta: Mapping[str, Any]) -> None:
-    """What `fit` refuses before it trains; for trainers that have hours of work before it.
+    """What `fit` refuses before it trains, and the folder claimed; for trainers that have hours of work before it.
 
     Errors: ValueError for a batch that the processes cannot share, and where `config.out` holds a run of another meta, or another
     process trains; ImportError if TensorBoard is wanted and not there.

@@ -101,6 +101,14 @@ def test_mistakes_are_one_line_that_names_them(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("more", [("--out", "x", "--data", "y"), ("--help",)])
+def test_a_package_that_is_missing_is_named(tmp_path: Path, more: tuple[str, ...]) -> None:
+    code = f"import sys; sys.modules['accelerate'] = None; from latentdiff.cli import main; main(['train', 'vae', *{more!r}])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr == 'latentdiff: training needs accelerate: pip install "latentdiff[train]"\n'
+
+
 def test_a_missing_option_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = run(capsys, "train", "clip", "--out", tmp_path)
     assert code == 2
