@@ -147,6 +147,8 @@ def feed_forward(
         return onednn.feed_forward(inner, outer, x, other)  # type: ignore[arg-type]
     if isinstance(inner, Gated) and inner.takes(x, outer):
         return onednn.by_rows(lambda x, other: outer(inner.gated(x)).add_(other), x, other, len(inner.values.zero))
+    if onednn.plain(x, inner, outer):
+        return onednn.by_rows(lambda x, other: other + outer(geglu(inner(x))), x, other, 8 * x.shape[-1])
     return other + outer(geglu(inner(x)))
 
 

@@ -21,13 +21,15 @@ REUSED = 32 << 20  # bytes: larger memory glibc takes from the system anew each 
 def takes(x: Tensor, *layers: nn.Module) -> bool:
     """Whether `linear` may stand for these layers' own products of x, or of something like it.
 
-    In bfloat16, where torch's are oneDNN's too (float32's are often faster by another library); where nothing is to be learnt; and
-    for plain layers to which nobody listens by themselves.
+    In bfloat16, where torch's are oneDNN's too (float32's are often faster by another library), where layers are `plain`.
     """
-    return (
-        x.dtype == torch.bfloat16
-        and works_on(x)
-        and all(type(layer) is nn.Linear and layer.weight.dtype == x.dtype and not listened_to(layer) for layer in layers)
+    return x.dtype == torch.bfloat16 and plain(x, *layers)
+
+
+def plain(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether nothing is to be learnt, and these are linear layers of x's dtype to which nobody listens by themselves."""
+    return works_on(x) and all(
+        type(layer) is nn.Linear and layer.weight.dtype == x.dtype and not listened_to(layer) for layer in layers
     )
 
 

@@ -6,7 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latentdiff.models.attention import Attention, Site, blocked, dot_product_attention, feature_map, filled_up, sdpa, tokens
+from latentdiff.models import onednn
+from latentdiff.models.attention import (
+    Attention,
+    FeedForward,
+    Site,
+    blocked,
+    dot_product_attention,
+    feature_map,
+    filled_up,
+    sdpa,
+    tokens,
+)
 
 
 def test_sdpa_is_the_formula():
@@ -105,6 +116,23 @@ def joined_attention() -> Attention:
     attention = Attention(16, 2).requires_grad_(False)
     attention.site = Site("here", False)
     return attention
+
+
+@torch.no_grad()
+def test_the_feed_forward_net_in_parts_in_float32(monkeypatch):
+    """The same numbers, some rows at a time; whoever listens to a part of it hears all at once."""
+    torch.manual_seed(0)
+    net, x, other = FeedForward(96), torch.randn(2, 7, 96), torch.randn(2, 7, 96)
+    expected, rows = net(x, other), []
+    inner, linear = net.net[0].proj, F.linear  # type: ignore[union-attr]
+    monkeypatch.setattr(onednn, "PART", 1000)
+    monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
+    torch.testing.assert_close(net(x, other), expected)
+    assert rows == ([2, 2] * 7 if onednn.has_operators(torch.float32) else [2, 2])
+    heard = []
+    inner.register_forward_hook(lambda _layer, given, _out: heard.append(given[0].shape))
+    torch.testing.assert_close(net(x, other), expected)
+    assert heard == [(2, 7, 96)]
 
 
 @torch.no_grad()
