@@ -62,7 +62,7 @@ class Conv2d(nn.Conv2d):
         may be taken for another."""
         return (
             onednn.works_on(x)
-            and x.dtype == self.weight.dtype
+            and (x.dtype, x.shape[1]) == (self.weight.dtype, self.weight.shape[1])  # or torch tells
             and fused.is_last(x)
             and not x.is_contiguous()
             and (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from latentdiff.models import winograd
 from latentdiff.models.convolution import Conv2d
 from latentdiff.models.onednn import has_operators
+from latentdiff.models.recorded import Calls
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, ResBlock, VAEConfig
 
@@ -53,6 +54,15 @@ def test_in_float32_it_is_as_exact_as_the_plain_one(smooth):
     assert errors[0].abs().max() < 1e-5 * exact.abs().max()
 
 
+@torch.no_grad()
+def test_beside_a_jump_the_error_goes_by_what_is_large():
+    torch.manual_seed(0)
+    x, weight = last(1, 128, 16, 16), last(128, 128, 3, 3) / 34
+    x[..., 7:] *= 100  # in the middle of a tile
+    error = winograd.convolution(x, weight, None) - F.conv2d(x.double(), weight.double(), padding=1)
+    assert error.abs().max() < 1e-5 * x.abs().max()
+
+
 def asked(monkeypatch) -> list[torch.Size]:
     shapes, run = [], winograd.convolution
     monkeypatch.setattr(winograd, "convolution", lambda x, *rest: shapes.append(x.shape) or run(x, *rest))
@@ -84,9 +94,27 @@ def test_it_is_where_it_is_faster(monkeypatch):
         Conv2d(8, 9, 3, padding=1).bfloat16()(last(2, 8, 9, 4, dtype=torch.bfloat16))
     with torch.enable_grad():
         conv(x)
+    with pytest.raises(RuntimeError, match="weight"):
+        conv(last(2, 4, 9, 4))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     conv(x)
     assert len(shapes) == 1
+
+
+@torch.no_grad()
+def test_written_down_it_is_one_operation(monkeypatch):
+    """What lies between would be kept until the end, gigabytes of it."""
+    if not has_operators(torch.float32):
+        pytest.skip("this processor has no operators for float32")
+    for name in ("ENOUGH_TILES", "ENOUGH_CHANNELS", "ENOUGH_WORK"):
+        monkeypatch.setattr(winograd, name, 0)
+    conv, x, other = Conv2d(8, 8, 3, padding=1).requires_grad_(False), last(1, 8, 8, 8), last(1, 8, 8, 8)
+    with Calls([x]) as calls:
+        y = conv(x)
+    assert len(calls.lines) == 1
+    assert torch.equal(calls.function(y)(other), conv(other))
+    opcheck = torch.library.opcheck
+    opcheck(winograd.convolution, (x, conv.weight, conv.bias, other), test_utils=("test_schema", "test_faketensor"))
 
 
 @torch.no_grad()
