@@ -56,6 +56,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("ControlNet", "latentdiff does not run it", ("control_model.", "controlnet_cond_embedding.")),
     Kind("autoencoder", "load a model and give this file as `vae`", ("first_stage_model.", "decoder.conv_in", "encoder.conv_in")),
     Kind("U-Net of a folder", "load the folder that holds unet/, vae/ and the text tower", ("down_blocks.",)),
+    Kind("CLIP", "what pictures are scored with; load the model's folder", ("vision_model.", "visual.")),
+    Kind("text tower of a folder", "load the folder that holds it, unet/ and vae/", ("text_model.", "embeddings.token_embedding.")),
 )
 UNKNOWN = Kind("unknown", "it is no Stable Diffusion 1.x, 2.x or XL, nor anything else that latentdiff knows")
 PREDICTIONS = {"v": "v", **configs.PREDICTIONS, "eps": "eps"}  # of each the first is ModelSpec's, which we write

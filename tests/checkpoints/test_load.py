@@ -145,6 +145,8 @@ FOREIGN = {
     "unet.mid_block.attentions.0.proj_in.lora_A.weight": "LoRA; load the model it was made for, then add it with `lora`",
     "control_model.time_embed.0.weight": "ControlNet; latentdiff does not run it",
     "down_blocks.0.resnets.0.conv1.weight": "U-Net of a folder; load the folder",
+    "text_model.encoder.layers.0.layer_norm1.bias": "text tower of a folder; load the folder",
+    "vision_model.embeddings.class_embedding": "CLIP; what pictures are scored with",
     "first_stage_model.encoder.conv_in.weight": "autoencoder; load a model and give this file as `vae`",
     "clip_l": "textual inversion; load a model, then add it",
     "something.else": "unknown; it is no Stable Diffusion 1.x, 2.x or XL, nor anything else that latentdiff knows",

@@ -182,6 +182,8 @@ def test_inspect_other_files(tmp_path):
         "Flux": "double_blocks.0.img_mod.lin.weight",
         "autoencoder": "decoder.conv_in.weight",
         "U-Net of a folder": "down_blocks.0.resnets.0.conv1.weight",
+        "text tower of a folder": "embeddings.token_embedding.weight",
+        "CLIP": "visual.proj",
         "unknown": "x",
     }
     for kind, name in kinds.items():
