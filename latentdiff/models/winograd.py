@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-A, B = 2 / 3, 3 / 2  # the points but for 0 and infinity, and their negatives
+A, B = 2 / 3, 3 / 2  # the points but for 0 and infinity, and their negatives; A B = 1 is taken for granted below
 TILES, STRIP = 256, 7 << 20  # tiles of 4×4 outputs at once, at most, and numbers that their products are
 WEIGHTS = 4 << 20  # numbers that are made of the weights at once, about
 # What it takes to be faster, measured on two cores: with fewer tiles, the weights at their points cost more than they save, with
@@ -47,7 +47,7 @@ def points(weight: Float[Tensor, "out c 3 3"]) -> Float[Tensor, "36 c out"]:
 
 
 def to_points(d: Sequence[Tensor], out: Tensor) -> None:
-    """Six inputs in a row to out's six (B of the paper)."""
+    """Six inputs in a row, maps of one shape, to their values at six points, of the same shapes (B of the paper)."""
     a, b = A * A, B * B
     u, v = torch.sub(d[4], d[2], alpha=b), torch.sub(d[3], d[1], alpha=b)
     torch.add(u, v, alpha=A, out=out[1])
@@ -61,7 +61,7 @@ def to_points(d: Sequence[Tensor], out: Tensor) -> None:
 
 
 def from_points(m: Tensor, out: Sequence[Tensor]) -> None:
-    """Six products to four outputs in a row (A of the paper); m is written over."""
+    """Products at six points, maps of one shape, to four outputs in a row of that shape (A of the paper); m is written over."""
     u, v = m[1] + m[2], m[3] - m[4]
     m[1].sub_(m[2])  # even and odd parts: u and m[1] at ±A, m[3] and v at ±B
     m[3].add_(m[4])

@@ -12,6 +12,15 @@ from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.models.vae import VAE, ResBlock, VAEConfig
 
 
+@pytest.fixture
+def everywhere(monkeypatch):
+    """However small the maps."""
+    if not has_operators(torch.float32):
+        pytest.skip("this processor has no operators for float32")
+    for name in ("ENOUGH_TILES", "ENOUGH_CHANNELS", "ENOUGH_WORK"):
+        monkeypatch.setattr(winograd, name, 0)
+
+
 def last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
@@ -60,7 +69,7 @@ def test_beside_a_jump_the_error_goes_by_what_is_large():
     x, weight = last(1, 128, 16, 16), last(128, 128, 3, 3) / 34
     x[..., 7:] *= 100  # in the middle of a tile
     error = winograd.convolution(x, weight, None) - F.conv2d(x.double(), weight.double(), padding=1)
-    assert error.abs().max() < 1e-5 * x.abs().max()
+    assert error.abs().max() < 4e-6 * x.abs().max()
 
 
 def asked(monkeypatch) -> list[torch.Size]:
@@ -102,12 +111,9 @@ def test_it_is_where_it_is_faster(monkeypatch):
 
 
 @torch.no_grad()
-def test_written_down_it_is_one_operation(monkeypatch):
+@pytest.mark.usefixtures("everywhere")
+def test_written_down_it_is_one_operation():
     """What lies between would be kept until the end, gigabytes of it."""
-    if not has_operators(torch.float32):
-        pytest.skip("this processor has no operators for float32")
-    for name in ("ENOUGH_TILES", "ENOUGH_CHANNELS", "ENOUGH_WORK"):
-        monkeypatch.setattr(winograd, name, 0)
     conv, x, other = Conv2d(8, 8, 3, padding=1).requires_grad_(False), last(1, 8, 8, 8), last(1, 8, 8, 8)
     with Calls([x]) as calls:
         y = conv(x)
@@ -118,12 +124,9 @@ def test_written_down_it_is_one_operation(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("everywhere")
 def test_weights_that_change_are_seen(monkeypatch):
     """Nothing is kept of them."""
-    if not has_operators(torch.float32):
-        pytest.skip("this processor has no operators for float32")
-    for name in ("ENOUGH_TILES", "ENOUGH_CHANNELS", "ENOUGH_WORK"):
-        monkeypatch.setattr(winograd, name, 0)
     shapes, conv, x = asked(monkeypatch), Conv2d(8, 8, 3, padding=1), last(1, 8, 8, 8)
     for _ in range(3):
         torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1), rtol=1e-5, atol=1e-5)
@@ -146,12 +149,12 @@ def outputs(dtype: torch.dtype) -> list[torch.Tensor]:
         return [unet(z, torch.tensor([500.0, 500.0]), context), vae.decode(z)]
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_whole_networks_are_as_exact(monkeypatch):
-    if not has_operators(torch.float32):
-        pytest.skip("this processor has no operators for float32")
-    exact, plain = outputs(torch.float64), outputs(torch.float32)
-    for name in ("ENOUGH_TILES", "ENOUGH_CHANNELS", "ENOUGH_WORK"):
-        monkeypatch.setattr(winograd, name, 0)
+    exact = outputs(torch.float64)
+    with monkeypatch.context() as patch:
+        patch.setattr(winograd, "pays", lambda *_: False)
+        plain = outputs(torch.float32)
     added, run = [], winograd.convolution
     monkeypatch.setattr(winograd, "convolution", lambda *args: added.append(args[3] is not None) or run(*args))
     actual = outputs(torch.float32)
